@@ -1,0 +1,46 @@
+"""What every sequence mixer is: a configuration that builds a module with one call."""
+
+import abc
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+type State = Any  # A pytree of arrays with the batch in front, one per layer.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerConfig(abc.ABC):
+    """Hyper-parameters of one kind of sequence mixer."""
+
+    @abc.abstractmethod
+    def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mixer":
+        """Returns the mixer for a model of width `d_model`.
+
+        Raises:
+          ValueError: sizes that do not fit together.
+        """
+
+
+class Mixer(nnx.Module):
+    """A map from sequences to sequences that never looks ahead.
+
+    `y, state = mixer(x, state)`. Without a state (training) it starts from nothing and returns None. With one it
+    continues from there and returns the state after the last token, for any number of tokens: prefill, chunked
+    prefill and decoding are one path.
+    """
+
+    def init_state(self, batch_size: int, max_len: int) -> State:
+        """Returns the state before the first token, for sequences of at most `max_len` tokens."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Mixes the tokens of each document.
+
+        `segment_ids` counts the documents of a row from 1, in order; 0 is padding, which changes nothing. A given
+        state belongs to the document of the row's first token.
+        """
+        raise NotImplementedError

@@ -1,0 +1,81 @@
+"""Dimension letters are the logical axes; one table maps them to the mesh.
+
+B batch         T query positions     S key positions    C chunks   L positions in a chunk
+D model width   F feed-forward width  V vocabulary       E experts
+N heads         K key/value heads     G = N / K          H key width of a head   P value width of a head
+
+A name that ends in letters says what its dimensions are: `q_BTNH`. Everything here is the identity outside a mesh.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+MESH_AXES = {"B": "data", "D": "data", "V": "model", "F": "model", "N": "model", "K": "model", "E": "expert"}
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """Returns a mesh in explicit mode, e.g. `make_mesh({"data": -1, "model": 2})`; -1 takes the devices that are left.
+
+    Raises:
+      ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
+    """
+    known = sorted(set(MESH_AXES.values()))
+    for name in axes:
+        if name not in known:
+            raise ValueError(f"mesh axis {name!r} is unknown; the axes are {', '.join(known)}")
+    num_devices, sizes = jax.device_count(), dict(axes)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and fixed > 0 and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    if min(sizes.values(), default=1) < 1 or math.prod(sizes.values()) != num_devices:
+        raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; one axis may be -1, for the rest")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def spec(dims: str) -> PartitionSpec:
+    """Returns the partition of an array whose dimensions are `dims`; a mesh axis goes to its first letter."""
+    free = set(jax.sharding.get_abstract_mesh().axis_names)
+    axes = []
+    for dim in dims:
+        axis = MESH_AXES.get(dim)
+        axes.append(axis if axis in free else None)
+        free.discard(axis)
+    return PartitionSpec(*axes)
+
+
+def shard(x: jax.Array, dims: str) -> jax.Array:
+    """Lays `x` out as its letters say."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(dims))
+
+
+def einsum(eqn: str, *xs: jax.Array) -> jax.Array:
+    """`jnp.einsum` whose output is sharded as its letters say."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.einsum(eqn, *xs)
+    return jnp.einsum(eqn, *xs, out_sharding=spec(eqn.split("->")[1]))
+
+
+def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]:
+    """Runs `fn` on each device's own batch and heads, e.g. `per_shard(op, "BTNH,BTN", "BTNP,BNHP")`.
+
+    An argument that is None stays None.
+    """
+
+    def call(*xs):
+        if jax.sharding.get_abstract_mesh().empty:
+            return fn(*xs)
+        specs = lambda dims: tuple(spec(d) for d in dims.split(","))
+        out_specs = specs(outs)
+        # check_vma=False: Pallas calls do not say along which mesh axes their outputs vary.
+        run = jax.shard_map(
+            fn, in_specs=specs(ins), out_specs=out_specs if len(out_specs) > 1 else out_specs[0], check_vma=False
+        )
+        return run(*xs)
+
+    return call

@@ -1,0 +1,28 @@
+"""Which implementation of an op runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+# The names of implementations, and the platforms that JAX lowers them for. "xla" runs everywhere.
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+
+
+def check_impl(op: str, impl: str | None, available: tuple[str, ...]) -> None:
+    """Raises ValueError unless `impl` is None or one of those available."""
+    if impl is not None and impl not in available:
+        raise ValueError(f"{op} has no implementation {impl!r}; it has {', '.join(available)}")
+
+
+def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
+    """Calls the named implementation; None takes the best one on the platform being lowered for.
+
+    The platform is that of the lowering, not of this process: a program lowered on a laptop for a TPU holds TPU kernels.
+    """
+    if impl is not None:
+        return implementations[impl](*args)
+    branches = {PLATFORMS[name]: fn for name, fn in implementations.items() if name in PLATFORMS}
+    if not branches:
+        return implementations["xla"](*args)
+    return jax.lax.platform_dependent(*args, **branches, default=implementations["xla"])

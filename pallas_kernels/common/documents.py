@@ -1,0 +1,19 @@
+"""Packed rows: several documents in one row, told apart by `segment_ids_BT`.
+
+Documents count from 1 in order and 0 is padding, wherever it stands. A state belongs to the first document of its row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def fill_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns ids in which padding belongs to the document before it, or to the first one if none is before it.
+
+    The ids never decrease, and one that equals the row's first id belongs to the document of the given state.
+    Callers keep padding from being read or written by other means.
+    """
+    largest = jnp.iinfo(segment_ids.dtype).max
+    first_B1 = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
+    return jnp.maximum(jax.lax.cummax(segment_ids, axis=1), first_B1)
