@@ -18,7 +18,8 @@ def check_impl(op: str, impl: str | None, available: tuple[str, ...]) -> None:
 def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     """Calls the named implementation; None takes the best one on the platform being lowered for.
 
-    The platform is that of the lowering, not of this process: a program lowered on a laptop for a TPU holds TPU kernels.
+    The platform is that of the lowering, not of this process: a program lowered on a laptop for a TPU must hold TPU
+    kernels.
     """
     if impl is not None:
         return implementations[impl](*args)
