@@ -1,15 +1,19 @@
 """Linear attention with decay: linear transformer (https://arxiv.org/abs/2006.16236) to GLA, Mamba-2 and RWKV-6."""
 
-from typing import Literal
+import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl
-from pallas_kernels.common.shapes import check_heads
-from pallas_kernels.linear_attention import ref
+from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.documents import fill_padding
+from pallas_kernels.common.shapes import check_heads, check_shapes
+from pallas_kernels.linear_attention import ref, xla
 
-type Impl = Literal["ref"]
+# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
+FORWARD = {"xla": xla.forward}
+BACKWARD = {"xla": xla.backward}
 
 
 def linear_attention(
@@ -40,18 +44,59 @@ def linear_attention(
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
       scale: `H**-0.5` if not given.
-      impl: "ref" or None, the best one for these shapes.
+      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
     """
-    check_impl("linear_attention", impl, ("ref",))
+    check_impl("linear_attention", impl, ("ref", *FORWARD))
     check_heads("linear_attention", q, k, v)
     B, T, N, P = v.shape
     H = k.shape[-1]
-    if g is None:
-        g = jnp.zeros((B, T, N), jnp.float32)
-    elif g.ndim == 1:
-        g = jnp.broadcast_to(g, (B, T, N))
-    if state is None:
-        state = jnp.zeros((B, N, H, P), jnp.float32)
-    if segment_ids is None:
-        segment_ids = jnp.ones((B, T), jnp.int32)
-    return ref.linear_attention(q, k, v, g, bonus, state, segment_ids, H**-0.5 if scale is None else scale)
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    if g is not None and g.shape not in ((N,), (B, T, N), (B, T, N, H)):
+        raise ValueError(f"linear_attention: g has shape {g.shape}, it must be {(N,)}, {(B, T, N)} or {(B, T, N, H)}")
+    check_shapes(
+        "linear_attention",
+        {"bonus": (bonus, (N, H)), "state": (state, (B, N, H, P)), "segment_ids": (segment_ids, (B, T))},
+    )
+    scale = H**-0.5 if scale is None else scale
+    g = jnp.zeros(N, dtype) if g is None else g.astype(dtype)
+    g = jnp.broadcast_to(g, (B, T, N)) if g.ndim == 1 else g
+    state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+        return ref.linear_attention(q, k, v, g, bonus, state, ids, scale)
+
+    if segment_ids is not None:
+        real_BT1 = (ids > 0)[..., None]
+        v = jnp.where(real_BT1[..., None], v, 0)
+        g = jnp.where(real_BT1 if g.ndim == 3 else real_BT1[..., None], g, 0)
+        ids = fill_padding(ids)
+    o_BTNP, state_BNHP = _op(impl, scale, bonus is not None, q, k, v, g, state, ids)
+    if bonus is not None:
+        o_BTNP += _own_token(q, k, v, bonus, scale)
+    if segment_ids is not None:
+        o_BTNP = jnp.where(real_BT1[..., None], o_BTNP, 0)
+    return o_BTNP, state_BNHP
+
+
+def _own_token(q_BTKH, k_BTKH, v_BTNP, bonus_NH, scale):
+    K, dtype = k_BTKH.shape[2], jnp.promote_types(v_BTNP.dtype, jnp.float32)
+    bonus_KGH = bonus_NH.reshape(K, -1, bonus_NH.shape[-1]).astype(dtype)
+    weight_BTKG = jnp.einsum("BTKH,KGH->BTKG", q_BTKH.astype(dtype) * k_BTKH, scale * bonus_KGH)
+    return (weight_BTKG.reshape(v_BTNP.shape[:3])[..., None] * v_BTNP).astype(v_BTNP.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _op(impl, scale, before, *args):
+    return _forward(impl, scale, before, *args)[0]
+
+
+def _forward(impl, scale, before, *args):
+    return dispatch(impl, {name: functools.partial(fn, scale, before) for name, fn in FORWARD.items()}, *args)
+
+
+def _backward(impl, scale, before, residuals, cotangents):
+    backward = {name: functools.partial(fn, scale, before) for name, fn in BACKWARD.items()}
+    return *dispatch(impl, backward, residuals, cotangents), None
+
+
+_op.defvjp(_forward, _backward)

@@ -1,0 +1,90 @@
+"""Linear attention in chunks of matmuls; https://arxiv.org/abs/2312.06635, https://arxiv.org/abs/2405.21060.
+
+Within a chunk, with the decays of `common/decays.py` (A for the scores of q and k, S for the state before the chunk):
+
+    O  = A V + reads (Q S)
+    S' = keep S + K^T (writes V)
+
+The states alone are walked chunk by chunk; all the rest is matmuls over all chunks at once. Backward, dS and dS' being
+the gradients of S and S':
+
+    dA = dO V^T                      dQ = dA's share + reads (dO S^T)
+    dS = keep dS' + Q^T (reads dO)   dK = dA's share + writes (V dS'^T)
+                                     dV = A^T dO + writes (K dS')
+
+Residuals are the inputs and the state before each chunk of `CHUNK` tokens, `states_CBKGHP`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import chunks
+from pallas_kernels.common.decays import ChannelDecay, HeadDecay
+
+# 32 and 128 take longer on a CPU: see benchmarks in README.md.
+CHUNK = 64
+
+
+def _chunked(q, k, v, g, segment_ids, scale, before):
+    K, dtype = k.shape[2], jnp.promote_types(v.dtype, jnp.float32)
+    q_CBKLH = chunks.split(q, K, CHUNK, dtype)[:, :, :, 0] * scale
+    k_CBKLH = chunks.split(k, K, CHUNK, dtype)[:, :, :, 0]
+    v_CBKGLP, g_CBKGL = (chunks.split(x, K, CHUNK, dtype) for x in (v, g))
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGL, chunks.Segments(segment_ids, CHUNK), before)
+    return q_CBKLH, k_CBKLH, v_CBKGLP, decay
+
+
+def forward(scale, before, q, k, v, g, state, segment_ids):
+    """Returns (o, state) and residuals. `before`: tokens read the state before their own decay and write.
+
+    g is BTN or BTNH; segment_ids never decrease along a row and padding, having v = 0 and g = 0, is part of a document.
+    """
+    q_CBKLH, k_CBKLH, v_CBKGLP, decay = _chunked(q, k, v, g, segment_ids, scale, before)
+    # 1. What each chunk writes, and from it the state before each chunk.
+    writes_CBKGHP = decay.outer(k_CBKLH, decay.writes_CBKGLX, v_CBKGLP)
+    states_CBKGHP, last_BKGHP = chunks.scan_states(
+        decay.keep_CBKGX1, writes_CBKGHP, state.reshape(writes_CBKGHP.shape[1:])
+    )
+    # 2. Within the chunk, and from the chunks before.
+    scores_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, -1 if before else 0)
+    o_CBKGLP = jnp.matmul(scores_CBKGLS, v_CBKGLP) + decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
+    outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
+    return outputs, (q, k, v, g, segment_ids, states_CBKGHP)
+
+
+def backward(scale, before, residuals, cotangents):
+    """Returns the gradients of q, k, v, g and state."""
+    q, k, v, g, segment_ids, states_CBKGHP = residuals
+    do, dlast = cotangents
+    q_CBKLH, k_CBKLH, v_CBKGLP, decay = _chunked(q, k, v, g, segment_ids, scale, before)
+    do_CBKGLP = chunks.split(do, k.shape[2], CHUNK, v_CBKGLP.dtype)
+    # 1. The gradient of the state after each chunk, from the last to the first.
+    dwrites_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
+    dstates_CBKGHP, dstate_BKGHP = chunks.scan_states(
+        decay.keep_CBKGX1, dwrites_CBKGHP, dlast.reshape(dwrites_CBKGHP.shape[1:]), reverse=True
+    )
+    # 2. Within the chunk.
+    diagonal = -1 if before else 0
+    scores_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, diagonal)
+    dscores_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, v_CBKGLP)
+    dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", scores_CBKGLS, do_CBKGLP)
+    dq_CBKLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKGLS, scores_CBKGLS, q_CBKLH, k_CBKLH, diagonal)
+    # 3. Through the states at the chunk's borders.
+    dread_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
+    dput_CBKGLH = decay.writes_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", v_CBKGLP, dstates_CBKGHP)
+    dv_CBKGLP += decay.apply(k_CBKLH, decay.writes_CBKGLX, dstates_CBKGHP)
+    dq_CBKLH += jnp.sum(dread_CBKGLH, axis=3)
+    dk_CBKLH += jnp.sum(dput_CBKGLH, axis=3)
+    # 4. The decays.
+    rows += decay.log_sum(q_CBKLH[:, :, :, None] * dread_CBKGLH)
+    puts = decay.log_sum(k_CBKLH[:, :, :, None] * dput_CBKGLH)
+    whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
+    dg_CBKGL = decay.gradient(rows, cols, puts, whole)
+    T = v.shape[1]
+    return (
+        chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
+        chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
+        chunks.join(dv_CBKGLP, T, v.dtype),
+        chunks.join(dg_CBKGL, T, g.dtype),
+        dstate_BKGHP.reshape(dlast.shape),
+    )
