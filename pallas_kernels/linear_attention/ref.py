@@ -1,0 +1,38 @@
+"""The definition of linear attention, one token at a time. Every other implementation must agree with it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_attention(q, k, v, g, bonus, state, segment_ids, scale):
+    """Arguments as in `op.linear_attention`, but none of them is optional save `bonus`; g is BTN or BTNH."""
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    G = v.shape[2] // k.shape[2]
+
+    def step(carry, token):
+        S_BNHP, document_B = carry
+        q_BKH, k_BKH, v_BNP, g_BNH, id_B = token
+        q_BNH, k_BNH, v_BNP, g_BNH = (
+            x.astype(dtype) for x in (jnp.repeat(q_BKH, G, axis=1), jnp.repeat(k_BKH, G, axis=1), v_BNP, g_BNH)
+        )
+        # The state belongs to the first document; each later one starts from zero.
+        starts_B = (id_B > 0) & (document_B > 0) & (id_B != document_B)
+        old_BNHP = jnp.where(starts_B[:, None, None, None], 0, S_BNHP)
+        new_BNHP = jnp.exp(g_BNH)[..., None] * old_BNHP + k_BNH[..., None] * v_BNP[..., None, :]
+        if bonus is None:
+            o_BNP = jnp.einsum("BNH,BNHP->BNP", q_BNH, new_BNHP)
+        else:
+            now_BN = jnp.einsum("BNH,NH,BNH->BN", q_BNH, bonus.astype(dtype), k_BNH)
+            o_BNP = jnp.einsum("BNH,BNHP->BNP", q_BNH, old_BNHP) + now_BN[..., None] * v_BNP
+        # Padding neither reads nor writes.
+        real_B = id_B > 0
+        S_BNHP = jnp.where(real_B[:, None, None, None], new_BNHP, S_BNHP)
+        o_BNP = jnp.where(real_B[:, None, None], scale * o_BNP, 0)
+        return (S_BNHP, jnp.where(real_B, id_B, document_B)), o_BNP
+
+    if g.ndim == 3:
+        g = g[..., None]
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, segment_ids))
+    carry = state.astype(dtype), jnp.zeros_like(segment_ids, shape=segment_ids.shape[:1])
+    (S_BNHP, _), o_TBNP = jax.lax.scan(step, carry, tokens)
+    return jnp.moveaxis(o_TBNP, 0, 1).astype(v.dtype), S_BNHP
