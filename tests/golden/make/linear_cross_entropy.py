@@ -23,14 +23,16 @@ def main() -> None:
     inputs = {"x": draw(rng, B, T, D), "w": draw(rng, D, V, scale=0.5), "weights": uniform(rng, B, T, low=0, high=2)}
     inputs["weights"][:, ::5] = 0.0
     z_labels = rng.integers(V, size=(B, T))
-    # Out of range where the weight is zero.
+    # Out of range where the weight is zero: no loss, and what the loss would be is not defined.
     z_labels[:, ::5] = -100
 
     def z_loss(x, w, weights):
         return weighted_loss(x @ w, torch.tensor(z_labels), weights, z_loss=0.25)
 
+    constants = {"labels": z_labels.astype("int32")}
+    undefined = {"loss": z_labels < 0}
     settings = {"z_loss": 0.25}
-    record(name, z_loss, inputs, settings=settings, source=source, constants={"labels": z_labels.astype("int32")})
+    record(name, z_loss, inputs, settings=settings, source=source, constants=constants, zero_cotangents=undefined)
 
     rng = generator(name := "linear_cross_entropy_soft_cap")
     inputs = {"x": draw(rng, B, T, D), "w": draw(rng, D, V, scale=0.5)}
