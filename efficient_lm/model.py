@@ -28,9 +28,8 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: BlockConfig, d_model: int, *, rngs: nnx.Rngs):
         self.mixer_norm, self.mixer = RMSNorm(d_model), cfg.mixer.build(d_model, rngs=rngs)
-        self.ffn_norm, self.ffn = None, None
-        if cfg.ffn is not None:
-            self.ffn_norm, self.ffn = RMSNorm(d_model), cfg.ffn.build(d_model, rngs=rngs)
+        self.ffn_norm = None if cfg.ffn is None else RMSNorm(d_model)
+        self.ffn = None if cfg.ffn is None else cfg.ffn.build(d_model, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
@@ -118,9 +117,8 @@ class LanguageModel(nnx.Module):
         self.periods = jax.vmap(lambda first: build(cfg.pattern, first))(firsts) if num_middle else nnx.List([])
         self.tail = build(cfg.tail, num_prefix + num_middle)
         self.norm = RMSNorm(cfg.d_model)
-        self.head = None
-        if not cfg.tied_embeddings:
-            self.head = nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
+        draw_head = lambda: nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
+        self.head = None if cfg.tied_embeddings else draw_head()
 
     def init_state(self, batch_size: int, max_len: int) -> ModelState:
         """Returns the state before the first token, for sequences of at most `max_len` tokens, padding included."""
@@ -176,9 +174,13 @@ class LanguageModel(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], ModelState | None]:
-        """Returns the float32 logits of each next token, and the state if one was given."""
+        """Returns the logits of each next token, and the state if one was given."""
         x_BTD, state, _ = self.hidden(tokens, state, segment_ids=segment_ids)
-        return einsum("BTD,DV->BTV", x_BTD, self.head_DV()).astype(jnp.float32), state
+        return self.logits(x_BTD), state
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the float32 logits for what `hidden` returned."""
+        return einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
 
 
 def _mean_aux(auxes: list[Aux]) -> Aux:
