@@ -5,9 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from efficient_lm.sharding import einsum, shard
+import pallas_kernels as kernels
+from efficient_lm.sharding import einsum, per_shard, shard
 
 
 class Einsum(nnx.Module):
@@ -36,6 +38,78 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
+        return (rms_normalize(x.astype(jnp.float32), eps=self.eps) * self.scale[...]).astype(x.dtype)
+
+
+class GatedRMSNorm(nnx.Module):
+    """`norm(x) * silu(gate)` over the last dimension, in float32."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6):
+        self.norm = RMSNorm(dim, eps=eps)
+
+    def __call__(self, x: Float[Array, "*B P"], gate: Float[Array, "*B P"]) -> Float[Array, "*B P"]:
+        return (self.norm(x.astype(jnp.float32)) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+    """A causal depthwise convolution over tokens and its SiLU: `ShortConv("BTNH", width=4, N=8, H=64, rngs=rngs)`."""
+
+    def __init__(self, dims: str, *, width: int, bias: bool = False, rngs: nnx.Rngs, **sizes: int):
+        shape = [sizes[d] for d in dims[2:]]
+        self.dims, self.width, self.shape = dims, width, tuple(shape)
+        bound = width**-0.5
+        kernel = jax.random.uniform(rngs.params(), [*shape, width], jnp.float32, -bound, bound)
+        self.kernel = nnx.Param(shard(kernel, dims[2:] + "W"))
+        self.bias = nnx.Param(shard(jnp.zeros(shape, jnp.float32), dims[2:])) if bias else None
+
+    def init_state(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "B W ..."]:
+        """Returns the inputs before the first token: none."""
+        return shard(jnp.zeros((batch_size, self.width - 1, *self.shape), dtype), "BW" + self.dims[2:])
+
+    def __call__(
+        self,
+        x: Float[Array, "B T ..."],
+        state: Float[Array, "B W ..."] | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W ..."]]:
+        def conv(x, w, bias, state, segment_ids):
+            flat = lambda a: a.reshape(*a.shape[:2], -1)
+            y, new_state = kernels.short_conv(
+                flat(x),
+                w.reshape(-1, self.width),
+                bias=None if bias is None else bias.reshape(-1),
+                activation="silu",
+                state=None if state is None else flat(state),
+                segment_ids=segment_ids,
+            )
+            return y.reshape(x.shape), new_state.reshape(x.shape[0], self.width - 1, *x.shape[2:])
+
+        channels = self.dims[2:]
+        run = per_shard(conv, f"{self.dims},{channels}W,{channels},BW{channels},BT", f"{self.dims},BW{channels}")
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        return run(x, self.kernel[...].astype(x.dtype), bias, state, segment_ids)
+
+
+def rms_normalize(x: Float[Array, "..."], *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6) -> Float[Array, "..."]:
+    """Scales the given dimensions to a root mean square of one."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
+
+
+def unit_normalize(x: Float[Array, "*B H"], eps: float = 1e-6) -> Float[Array, "*B H"]:
+    """Scales the last dimension to length one, in float32: `x / sqrt(|x|^2 + eps)`."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def decay_parameters(key: jax.Array, dims: str, **sizes: int) -> tuple[nnx.Param, nnx.Param]:
+    """Returns `A_log` and `dt_bias` of the decay `g = -exp(A_log) * softplus(dt + dt_bias)`, as Mamba-2 draws them.
+
+    Rates are uniform in [1, 16] and step sizes log-uniform in [0.001, 0.1] (https://arxiv.org/abs/2405.21060).
+    """
+    key_a, key_dt = jax.random.split(key)
+    shape = [sizes[d] for d in dims]
+    rates = jax.random.uniform(key_a, shape, jnp.float32, 1.0, 16.0)
+    steps = jnp.exp(jax.random.uniform(key_dt, shape, jnp.float32, math.log(1e-3), math.log(1e-1)))
+    inverse_softplus = steps + jnp.log(-jnp.expm1(-steps))
+    return nnx.Param(shard(jnp.log(rates), dims)), nnx.Param(shard(inverse_softplus, dims))

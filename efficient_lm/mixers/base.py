@@ -4,7 +4,9 @@ import abc
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
@@ -31,8 +33,12 @@ class Mixer(nnx.Module):
     prefill and decoding are one path.
     """
 
-    def init_state(self, batch_size: int, max_len: int) -> State:
-        """Returns the state before the first token, for sequences of at most `max_len` tokens."""
+    def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> State:
+        """Returns the state before the first token, for sequences of at most `max_len` tokens, padding included.
+
+        `dtype` is that of the activations that the state keeps (keys, values, inputs of a convolution); recurrent
+        states are float32.
+        """
         raise NotImplementedError
 
     def __call__(

@@ -1,0 +1,43 @@
+"""Position-wise feed-forward networks: gated (SwiGLU, https://arxiv.org/abs/2002.05202) and plain."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from efficient_lm.ffns.base import FFN, Aux, FFNConfig
+from efficient_lm.layers import Einsum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig(FFNConfig):
+    d_ff: int
+    """Width of the hidden layer."""
+    activation: Literal["swiglu", "gelu", "squared_relu"] = "swiglu"
+    """swiglu multiplies two projections, one through SiLU; the others have one projection up."""
+
+    def build(self, d_model: int, *, rngs: nnx.Rngs) -> "MLP":
+        return MLP(self, d_model, rngs=rngs)
+
+
+class MLP(FFN):
+    def __init__(self, cfg: MLPConfig, d_model: int, *, rngs: nnx.Rngs):
+        D, F = d_model, cfg.d_ff
+        self.cfg = cfg
+        self.up_proj = Einsum("BTD,DF->BTF", D=D, F=F, rngs=rngs)
+        self.gate_proj = Einsum("BTD,DF->BTF", D=D, F=F, rngs=rngs) if cfg.activation == "swiglu" else None
+        self.down_proj = Einsum("BTF,FD->BTD", D=D, F=F, rngs=rngs)
+
+    @jax.named_scope("mlp")
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
+        up_BTF = self.up_proj(x)
+        if self.gate_proj is not None:
+            hidden_BTF = jax.nn.silu(self.gate_proj(x)) * up_BTF
+        elif self.cfg.activation == "gelu":
+            hidden_BTF = jax.nn.gelu(up_BTF)
+        else:
+            hidden_BTF = jnp.square(jax.nn.relu(up_BTF))
+        return self.down_proj(hidden_BTF), {}

@@ -1,0 +1,190 @@
+"""A language model is an embedding, a pattern of blocks, and a head."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from efficient_lm.ffns import FFNConfig
+from efficient_lm.ffns.base import Aux
+from efficient_lm.layers import RMSNorm
+from efficient_lm.mixers import MixerConfig
+from efficient_lm.mixers.base import State
+from efficient_lm.sharding import einsum, shard, spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    mixer: MixerConfig
+    ffn: FFNConfig | None
+    """None: the block is its mixer alone, as in Mamba."""
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, cfg: BlockConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.mixer_norm, self.mixer = RMSNorm(d_model), cfg.mixer.build(d_model, rngs=rngs)
+        self.ffn_norm = None if cfg.ffn is None else RMSNorm(d_model)
+        self.ffn = None if cfg.ffn is None else cfg.ffn.build(d_model, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State, Aux]:
+        y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
+        x, aux = x + y_BTD, {}
+        if self.ffn is not None and self.ffn_norm is not None:
+            y_BTD, aux = self.ffn(self.ffn_norm(x))
+            x = x + y_BTD
+        return x, state, aux
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab_size: int
+    d_model: int
+    blocks: dict[str, BlockConfig]
+    """The alphabet of the patterns."""
+    pattern: str
+    """One period of the stack, e.g. "M M M M M A"."""
+    num_periods: int
+    prefix: str = ""
+    """Blocks before the periods."""
+    tail: str = ""
+    """Blocks after the periods."""
+    tied_embeddings: bool = True
+    """The head is the transposed embedding."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of activations; parameters are float32 always."""
+    remat: Literal["nothing", "dots", "everything"] = "everything"
+    """What the backward pass computes again instead of keeping: nothing, all but products with weights, or everything."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.num_periods < 0:
+            raise ValueError(f"num_periods={self.num_periods} must not be negative")
+        for field in ("prefix", "pattern", "tail"):
+            for letter in getattr(self, field).split():
+                if letter not in self.blocks:
+                    raise ValueError(
+                        f"{field} {getattr(self, field)!r} has the letter {letter!r}, which names no block; "
+                        f"the blocks are {', '.join(self.blocks)} (letters are separated by spaces)"
+                    )
+        if not self.layers:
+            raise ValueError("the model has no blocks: give pattern and num_periods, prefix or tail")
+
+    @property
+    def layers(self) -> str:
+        """The letters of all blocks in order."""
+        return " ".join([*self.prefix.split(), *self.pattern.split() * self.num_periods, *self.tail.split()])
+
+    def build(self, *, rngs: nnx.Rngs) -> "LanguageModel":
+        return LanguageModel(self, rngs=rngs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelState:
+    """The states of all layers; those of the periods are stacked like their weights."""
+
+    prefix: list[State]
+    periods: list[State]
+    tail: list[State]
+
+
+class LanguageModel(nnx.Module):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        embedding_key, head_key, layers_key = (rngs.params() for _ in range(3))
+        draw_VD = lambda key: jax.random.normal(key, (cfg.vocab_size, cfg.d_model)) * cfg.d_model**-0.5
+        self.embedding = nnx.Param(shard(draw_VD(embedding_key), "VD"), dims="VD", contracted="")
+
+        # Layer i draws from fold_in(key, i): walked by a scan or one by one, it is the same layer.
+        def build(letters: str, first: Any) -> nnx.List:
+            keys = [jax.random.fold_in(layers_key, first + i) for i in range(len(letters.split()))]
+            blocks = [cfg.blocks[letter] for letter in letters.split()]
+            return nnx.List([Block(b, cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)])
+
+        num_prefix, period = len(cfg.prefix.split()), len(cfg.pattern.split())
+        num_middle = period * cfg.num_periods
+        self.prefix = build(cfg.prefix, 0)
+        firsts = num_prefix + period * jnp.arange(cfg.num_periods)
+        self.periods = jax.vmap(lambda first: build(cfg.pattern, first))(firsts) if num_middle else nnx.List([])
+        self.tail = build(cfg.tail, num_prefix + num_middle)
+        self.norm = RMSNorm(cfg.d_model)
+        draw_head = lambda: nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
+        self.head = None if cfg.tied_embeddings else draw_head()
+
+    def init_state(self, batch_size: int, max_len: int) -> ModelState:
+        """Returns the state before the first token, for sequences of at most `max_len` tokens, padding included."""
+        init = lambda blocks: [block.mixer.init_state(batch_size, max_len, self.cfg.dtype) for block in blocks]
+        stack = lambda x: jnp.broadcast_to(x, (self.cfg.num_periods, *x.shape))
+        return ModelState(init(self.prefix), jax.tree.map(stack, init(self.periods)), init(self.tail))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        state: ModelState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], ModelState | None, Aux]:
+        """Returns what the head reads, the state, and what the feed-forward networks report, averaged over layers."""
+        embedding_VD = self.embedding[...].astype(self.cfg.dtype)
+        if jax.sharding.get_abstract_mesh().empty:
+            x_BTD = embedding_VD[tokens]
+        else:
+            x_BTD = embedding_VD.at[tokens].get(out_sharding=spec("BTD"))
+
+        def walk(x_BTD, layers):
+            blocks, states = layers
+            new_states, auxes = [], []
+            for block, block_state in zip(blocks, states or [None] * len(blocks), strict=True):
+                x_BTD, block_state, aux = block(x_BTD, block_state, segment_ids=segment_ids)
+                new_states.append(block_state)
+                auxes.append(aux)
+            return x_BTD, (new_states if states else None, auxes)
+
+        if self.cfg.remat != "nothing":
+            policies = jax.checkpoint_policies
+            keep = policies.dots_with_no_batch_dims_saveable if self.cfg.remat == "dots" else policies.nothing_saveable
+            walk = jax.checkpoint(walk, policy=keep)
+
+        x_BTD, (prefix, prefix_aux) = walk(x_BTD, (self.prefix, state and state.prefix))
+        periods, periods_aux = [], []
+        if len(self.periods):
+            x_BTD, (periods, periods_aux) = jax.lax.scan(walk, x_BTD, (self.periods, state and state.periods))
+        x_BTD, (tail, tail_aux) = walk(x_BTD, (self.tail, state and state.tail))
+        new_state = state and ModelState(prefix or [], periods or [], tail or [])
+        return self.norm(x_BTD), new_state, _mean_aux([*prefix_aux, *periods_aux, *tail_aux])
+
+    def head_DV(self) -> Float[Array, "D V"]:
+        """Returns the matrix that gives logits, in the dtype of activations."""
+        weights_DV = shard(self.embedding[...].T, "DV") if self.head is None else self.head[...]
+        return weights_DV.astype(self.cfg.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: ModelState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], ModelState | None]:
+        """Returns the logits of each next token, and the state if one was given."""
+        x_BTD, state, _ = self.hidden(tokens, state, segment_ids=segment_ids)
+        return self.logits(x_BTD), state
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the float32 logits for what `hidden` returned."""
+        return einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
+
+
+def _mean_aux(auxes: list[Aux]) -> Aux:
+    names = sorted({name for aux in auxes for name in aux})
+    return {
+        name: jnp.mean(jnp.concatenate([jnp.ravel(aux[name]) for aux in auxes if name in aux])) for name in names
+    }

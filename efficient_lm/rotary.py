@@ -1,0 +1,72 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864) and the positions it turns by."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common.documents import fill_padding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Stretches the slow rotations to contexts longer than the model was trained on, as Llama 3.1 does."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_len: int = 8192
+
+    def __call__(self, frequencies: Float[Array, "R"]) -> Float[Array, "R"]:
+        # How often each rotation turned within the original context decides: often is kept, seldom is stretched.
+        turns = self.original_max_len * frequencies / (2 * math.pi)
+        span = self.high_frequency_factor - self.low_frequency_factor
+        keep = jnp.clip((turns - self.low_frequency_factor) / span, 0.0, 1.0)
+        return frequencies * (keep + (1 - keep) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    theta: float = 10_000.0
+    """Base of the wavelengths."""
+    fraction: float = 1.0
+    """Share of each head's width that is rotated; the rest carries no position."""
+    scaling: Llama3Scaling | None = None
+
+
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], cfg: RotaryConfig
+) -> Float[Array, "B T N H"]:
+    """Turns pairs (i, i + R/2) of the first R = fraction * H channels by angles that grow with the position."""
+    R = int(x.shape[-1] * cfg.fraction)
+    frequencies = cfg.theta ** (-jnp.arange(0, R, 2, dtype=jnp.float32) / R)
+    if cfg.scaling is not None:
+        frequencies = cfg.scaling(frequencies)
+    angles_BT1R = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None]
+    cos_BT1R, sin_BT1R = jnp.cos(angles_BT1R), jnp.sin(angles_BT1R)
+    left, right = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
+    turned = (left * cos_BT1R - right * sin_BT1R, right * cos_BT1R + left * sin_BT1R)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., R:]], axis=-1)
+
+
+def document_positions(
+    segment_ids: Int[Array, "B T"], past: Int[Array, "B"] | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Returns each token's position in its document, and the length so far of each row's last document.
+
+    `past` counts the tokens that came before of the row's first document. Padding is not counted.
+    """
+    B, T = segment_ids.shape
+    past_B = jnp.zeros((B,), jnp.int32) if past is None else past
+    if T == 0:
+        return segment_ids, past_B
+    ids_BT = fill_padding(segment_ids)
+    is_first_BT = ids_BT == ids_BT[:, :1]
+    starts_BT = jnp.diff(ids_BT, axis=1, prepend=ids_BT[:, :1]) != 0
+    count_BT = jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32)
+    # Tokens before the current document: fixed where it starts, and carried on.
+    before_BT = jax.lax.cummax(jnp.where(starts_BT, count_BT - 1, 0), axis=1)
+    length_BT = count_BT - before_BT + jnp.where(is_first_BT, past_B[:, None], 0)
+    return jnp.maximum(length_BT - 1, 0), length_BT[:, -1]

@@ -1,0 +1,88 @@
+"""Softmax attention: causal or not, windows, sinks, soft cap, grouped heads, packed documents, caches."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import ref
+from pallas_kernels.common.dispatch import check_impl
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K P"],
+    *,
+    causal: bool = True,
+    window_size: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    sink_tokens: int = 0,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_start: int | Int[Array, ""] | None = None,
+    impl: Literal["ref", "xla"] | None = None,
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
+    """Returns the outputs and the log of each softmax's denominator (float32).
+
+    Query t stands at position `q_start + t` of the S keys; by default the queries are the last T of them. For a cache
+    of S slots, write the new keys at `q_start` and pass it: causality hides the empty slots after them.
+
+    Args:
+      causal: a query sees no key after its own position.
+      window_size: a query sees the keys less than this far from it, itself included.
+      sinks: a logit per head, part of the denominator of every real query; its value is 0.
+      sink_tokens: the first so many tokens of each document stay visible beside the window.
+      soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
+      scale: multiplies the scores; `H**-0.5` by default.
+      segment_ids: documents, attended within only. Padding (id 0) is as if removed, for windows too. A query that sees
+        nothing has output 0 and log -inf.
+      kv_segment_ids: those of the keys, `segment_ids` by default; an empty slot of a cache has id 0.
+
+    Raises:
+      ValueError: an unknown `impl`, shapes that do not fit, or options that mean nothing together.
+    """
+    check_impl("attention", impl, ("ref", "xla"))
+    _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids)
+    B, T, _, H = q.shape
+    S = k.shape[1]
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size is {window_size}; it counts the query itself, so it is at least 1")
+    if sink_tokens < 0 or (sink_tokens > 0 and window_size is None):
+        raise ValueError(f"sink_tokens is {sink_tokens}; it is >= 0 and widens a window: set window_size too")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap is {soft_cap}; it has to be positive, or None for no cap")
+    uses_positions = causal or window_size is not None
+    if uses_positions and T > S:
+        raise ValueError(f"{T} queries do not stand among {S} keys; use causal=False and no window_size")
+    if uses_positions and isinstance(q_start, int) and not 0 <= q_start <= S - T:
+        raise ValueError(f"q_start is {q_start}; with {T} queries and {S} keys it is in 0..{S - T}")
+    if segment_ids is None:
+        segment_ids, kv_segment_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    elif kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    if S == 0:  # One empty slot, which nothing sees, keeps the shapes positive.
+        one_slot = lambda a: jnp.zeros((B, 1, *a.shape[2:]), a.dtype)
+        k, v, kv_segment_ids = one_slot(k), one_slot(v), one_slot(kv_segment_ids)
+    start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
+    scale = H**-0.5 if scale is None else scale
+    options = {"causal": causal, "window_size": window_size, "sink_tokens": sink_tokens, "soft_cap": soft_cap}
+    return ref.attention(q, k, v, sinks, segment_ids, kv_segment_ids, start, scale=scale, **options)
+
+
+def _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids):
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K) or N % K:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} have to be [B T N H], [B S K H], [B S K P], K | N")
+    if sinks is not None and sinks.shape != (N,):
+        raise ValueError(f"sinks is {sinks.shape}; it has to be {(N,)}: one logit per head")
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("kv_segment_ids came without segment_ids; pass the documents of the queries too")
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids is {segment_ids.shape}; it has to be {(B, T)}")
+    if segment_ids is not None and kv_segment_ids is None and T != S:
+        raise ValueError(f"{T} queries and {S} keys: pass kv_segment_ids {(B, S)} beside segment_ids")
+    if kv_segment_ids is not None and kv_segment_ids.shape != (B, S):
+        raise ValueError(f"kv_segment_ids is {kv_segment_ids.shape}; it has to be {(B, S)}")

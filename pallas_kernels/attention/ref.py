@@ -1,0 +1,45 @@
+"""The definition of `attention`: one query at a time, a softmax over all the keys that it sees."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q, k, v, sinks, ids, kv_ids, q_start, *, causal, window_size, sink_tokens, soft_cap, scale):
+    B, T, N, _ = q.shape
+    S, G = k.shape[1], N // k.shape[2]
+    dtype = jnp.promote_types(jnp.float32, q.dtype)
+    k_BSNH, v_BSNP = (jnp.repeat(a.astype(dtype), G, axis=2) for a in (k, v))
+    # Padding is as if removed: places count the real keys before, of the row and of the key's own document.
+    is_key_BS = kv_ids > 0
+    place_BS = jnp.cumsum(is_key_BS, axis=1)
+    same_BSS = kv_ids[:, :, None] == kv_ids[:, None, :]
+    place_in_document_BS = jnp.sum(same_BSS & jnp.tri(S, k=-1, dtype=bool)[None], axis=2)
+
+    def step(carry, token):
+        q_BNH, id_B, t = token
+        slot = jnp.clip(q_start + t, 0, S - 1)
+        ahead_BS = place_BS - place_BS[:, slot][:, None]
+        sees_BS = is_key_BS & (kv_ids == id_B[:, None])
+        if causal:
+            sees_BS &= ahead_BS <= 0
+        if window_size is not None:
+            sees_BS &= (jnp.abs(ahead_BS) < window_size) | (place_in_document_BS < sink_tokens)
+        scores_BNS = scale * jnp.einsum("BNH,BSNH->BNS", q_BNH, k_BSNH)
+        if soft_cap is not None:
+            scores_BNS = soft_cap * jnp.tanh(scores_BNS / soft_cap)
+        sees_BNS = jnp.broadcast_to(sees_BS[:, None], scores_BNS.shape)
+        if sinks is not None:  # One more key, which every real query sees and whose value is 0.
+            sinks_BN1 = jnp.broadcast_to(sinks.astype(dtype)[None, :, None], (B, N, 1))
+            scores_BNS = jnp.concatenate([scores_BNS, sinks_BN1], axis=2)
+            sees_BNS = jnp.concatenate([sees_BNS, jnp.broadcast_to((id_B > 0)[:, None, None], (B, N, 1))], axis=2)
+        is_blind_BN = ~jnp.any(sees_BNS, axis=2)
+        scores_BNS = jnp.where(sees_BNS, scores_BNS, -jnp.inf)
+        # The inner where keeps the gradient of a query that sees nothing finite.
+        lse_BN = jax.nn.logsumexp(jnp.where(is_blind_BN[..., None], 0, scores_BNS), axis=2)
+        p_BNS = jnp.where(sees_BNS, jnp.exp(scores_BNS - lse_BN[..., None]), 0)
+        o_BNP = jnp.einsum("BNS,BSNP->BNP", p_BNS[..., :S], v_BSNP)
+        return carry, (o_BNP, jnp.where(is_blind_BN, -jnp.inf, lse_BN))
+
+    tokens = (jnp.moveaxis(q.astype(dtype), 1, 0), ids.T, jnp.arange(T))
+    _, (o_TBNP, lse_TBN) = jax.lax.scan(step, None, tokens)
+    return jnp.moveaxis(o_TBNP, 0, 1).astype(v.dtype), jnp.moveaxis(lse_TBN, 0, 2)
