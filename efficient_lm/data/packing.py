@@ -1,0 +1,171 @@
+"""Documents one after another, cut into rows: every token is kept, and where a run stands is a few integers per row.
+
+Row r of the global batch is a stream of its own. It takes the documents r, r + B, r + 2B, ... of each source's shuffled
+order (B rows), whichever host feeds it, so the batches do not depend on how many hosts there are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from efficient_lm.data.batch import Batch
+from efficient_lm.data.corpus import Corpus, digest
+
+type Piece = Int[np.ndarray, "_"]  # A stretch of bos + document + eos: one more token than there are targets in it.
+
+
+def _fill_row(batch: Batch, row: int, next_piece: Callable[[int], Piece | None]) -> None:
+    """Fills a row. `next_piece(n)` goes on with the current document for at most n targets, or begins the next one."""
+    begin, segment, length = 0, 0, batch.tokens.shape[1]
+    while begin < length and (piece := next_piece(length - begin)) is not None:
+        end, segment = begin + len(piece) - 1, segment + 1
+        batch.tokens[row, begin:end] = piece[:-1]
+        batch.targets[row, begin:end] = piece[1:]
+        batch.segment_ids[row, begin:end] = segment
+        begin = end
+
+
+def _empty_batch(num_rows: int, seq_len: int) -> Batch:
+    return Batch(*(np.zeros((num_rows, seq_len), np.int32) for _ in range(3)))
+
+
+def see_each_other(batch: Batch) -> Batch:
+    """Makes the documents of a row one segment."""
+    return Batch(batch.tokens, batch.targets, np.minimum(batch.segment_ids, 1))
+
+
+class PackedRows:
+    """Endless batches of some rows of the global batch, one packed stream per row.
+
+    A row goes on with the source that is furthest behind its share of tokens, counted in tokens whatever the length of
+    the documents. The state of a row is: its source, how far it is in the document, and for each source how many
+    documents and tokens it has taken.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        weights: Sequence[float],
+        *,
+        rows: range,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+    ):
+        self._corpora = corpora
+        self._weights = np.array(weights, np.float64)
+        self._rows = rows
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._orders = [
+            grain.MapDataset.range(len(corpus)).shuffle(seed=_seed(seed, source)).repeat()
+            for source, corpus in enumerate(corpora)
+        ]
+        # A row enters each source's sequence of documents at random, or all rows would begin with the same source.
+        mean_lengths = np.array([corpus.num_targets / len(corpus) for corpus in corpora])
+        self._head_starts = np.array([[_seed(seed, r, s) / 2**32 for s in range(len(corpora))] for r in rows])
+        self._head_starts *= mean_lengths
+        self._source = np.zeros(len(rows), np.int64)
+        self._offset = np.zeros(len(rows), np.int64)
+        self._documents = np.zeros((len(rows), len(corpora)), np.int64)
+        self._tokens = np.zeros((len(rows), len(corpora)), np.int64)
+        self._current = [self._begin_document(i) for i in range(len(rows))]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = _empty_batch(len(self._rows), self._seq_len)
+        for i in range(len(self._rows)):
+            _fill_row(batch, i, lambda size, i=i: self._next_piece(i, size))
+        return batch
+
+    def _next_piece(self, i: int, size: int) -> Piece:
+        corpus = self._corpora[self._source[i]]
+        if self._offset[i] > corpus.lengths[self._current[i]]:
+            self._current[i] = self._begin_document(i)
+            corpus = self._corpora[self._source[i]]
+        start = int(self._offset[i])
+        piece = corpus.read(self._current[i], start, start + size + 1)
+        self._offset[i] += len(piece) - 1
+        return piece
+
+    def _begin_document(self, i: int) -> int:
+        source = int(np.argmin((self._head_starts[i] + self._tokens[i]) / self._weights))
+        self._source[i], self._offset[i] = source, 0
+        self._documents[i, source] += 1
+        document = self._current_document(i)
+        self._tokens[i, source] += self._corpora[source].lengths[document] + 1
+        return document
+
+    def _current_document(self, i: int) -> int:
+        source = self._source[i]
+        number = self._rows[i] + (int(self._documents[i, source]) - 1) * self._batch_size
+        return self._orders[source][number]
+
+    def get_state(self) -> dict[int, list[int]]:
+        """Returns the state of each row, by its number in the global batch."""
+        columns = [self._source[:, None], self._offset[:, None], self._documents, self._tokens]
+        return dict(zip(self._rows, np.concatenate(columns, axis=1).tolist(), strict=True))
+
+    def set_state(self, state: dict[int, list[int]]) -> None:
+        """Goes to where `state` was taken; it may hold rows of other hosts too."""
+        columns = np.array([state[row] for row in self._rows], np.int64)
+        self._source, self._offset = columns[:, 0].copy(), columns[:, 1].copy()
+        self._documents, self._tokens = (part.copy() for part in np.split(columns[:, 2:], 2, axis=1))
+        self._current = [self._current_document(i) for i in range(len(self._rows))]
+
+
+def _seed(*numbers: int) -> int:
+    """Returns 32 bits that look random: the same on every machine and with every version of NumPy."""
+    return digest(repr(numbers).encode()) % 2**32
+
+
+class ValidationBatches:
+    """All documents once, one after another, cut into rows; the last batch is filled up with padding.
+
+    Global row n holds the targets from n * seq_len on, so a loss over all batches does not depend on the batch size.
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], *, rows: range, batch_size: int, seq_len: int, document_mask: bool):
+        self._corpora = corpora
+        self._rows = rows
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._document_mask = document_mask
+        # In the order of their digests: the first batches are a fair sample of all sources.
+        keys = np.concatenate([corpus.digests for corpus in corpora])
+        order = np.argsort(keys, kind="stable")
+        self._source = np.repeat(np.arange(len(corpora)), [len(corpus) for corpus in corpora])[order]
+        self._document = np.concatenate([np.arange(len(corpus)) for corpus in corpora])[order]
+        self._ends = np.cumsum(np.concatenate([corpus.lengths for corpus in corpora])[order] + 1)
+
+    def __len__(self) -> int:
+        return -(-int(self._ends[-1]) // (self._batch_size * self._seq_len))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self) * self._batch_size, self._batch_size):
+            batch = _empty_batch(len(self._rows), self._seq_len)
+            for i, row in enumerate(self._rows):
+                _fill_row(batch, i, self._pieces_from((first + row) * self._seq_len))
+            yield batch if self._document_mask else see_each_other(batch)
+
+    def contents(self) -> Iterator[Int[np.ndarray, "_"]]:
+        """Yields the tokens of the documents, in order."""
+        for source, document in zip(self._source, self._document, strict=True):
+            yield self._corpora[source].content(document)
+
+    def _pieces_from(self, position: int) -> Callable[[int], Piece | None]:
+        def next_piece(size: int) -> Piece | None:
+            nonlocal position
+            n = int(np.searchsorted(self._ends, position, side="right"))
+            if n == len(self._ends):
+                return None
+            start = position - (int(self._ends[n - 1]) if n else 0)
+            piece = self._corpora[self._source[n]].read(int(self._document[n]), start, start + size + 1)
+            position += len(piece) - 1
+            return piece
+
+        return next_piece
