@@ -69,7 +69,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be cut into grad_accumulation={self.grad_accumulation} equal parts"
+                f"batch_size={self.batch_size} cannot be cut into "
+                f"grad_accumulation={self.grad_accumulation} equal parts"
             )
         for name in ("evaluation", "logging"):
             if getattr(self, name).every < 1:

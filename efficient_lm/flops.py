@@ -1,6 +1,9 @@
 """Floating-point operations of training, from the model itself, and what devices can do at most."""
 
+import math
+
 import jax
+from flax import nnx
 
 from efficient_lm.model import LanguageModel
 
@@ -17,3 +20,26 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+
+def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
+    """Returns the operations of one token forward and backward, in rows of `seq_len` tokens of one document.
+
+    Products with weights count 2 operations per weight, what mixers do beside them as they say; the backward pass
+    costs twice the forward pass. What is computed again to save memory does not count.
+    """
+    weights = 0
+    for variable in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        if "contracted" in variable.get_metadata() and variable.get_metadata()["contracted"]:
+            weights += math.prod(variable.shape)
+    if model.head is None:  # The tied embedding is the head's matrix too.
+        weights += math.prod(model.embedding.shape)
+    mixing = sum(block.mixer.flops_per_token(seq_len) for block in [*model.prefix, *model.tail])
+    mixing += model.cfg.num_periods * sum(block.mixer.flops_per_token(seq_len) for block in model.periods)
+    return 3.0 * (2.0 * weights + mixing)
+
+
+def peak_flops() -> float | None:
+    """Returns what all devices together can do per second; None where it is not known, as on a CPU."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else peak * jax.device_count()

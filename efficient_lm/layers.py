@@ -91,7 +91,9 @@ class ShortConv(nnx.Module):
         return run(x, self.kernel[...].astype(x.dtype), bias, state, segment_ids)
 
 
-def rms_normalize(x: Float[Array, "..."], *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6) -> Float[Array, "..."]:
+def rms_normalize(
+    x: Float[Array, "..."], *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6
+) -> Float[Array, "..."]:
     """Scales the given dimensions to a root mean square of one."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
 

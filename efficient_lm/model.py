@@ -60,7 +60,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations; parameters are float32 always."""
     remat: Literal["nothing", "dots", "everything"] = "everything"
-    """What the backward pass computes again instead of keeping: nothing, all but products with weights, or everything."""
+    """What the backward pass computes again to save memory: nothing, all but products with weights, or everything."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model"):
@@ -108,7 +108,9 @@ class LanguageModel(nnx.Module):
         def build(letters: str, first: Any) -> nnx.List:
             keys = [jax.random.fold_in(layers_key, first + i) for i in range(len(letters.split()))]
             blocks = [cfg.blocks[letter] for letter in letters.split()]
-            return nnx.List([Block(b, cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)])
+            return nnx.List(
+                [Block(b, cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)]
+            )
 
         num_prefix, period = len(cfg.prefix.split()), len(cfg.pattern.split())
         num_middle = period * cfg.num_periods
@@ -185,6 +187,4 @@ class LanguageModel(nnx.Module):
 
 def _mean_aux(auxes: list[Aux]) -> Aux:
     names = sorted({name for aux in auxes for name in aux})
-    return {
-        name: jnp.mean(jnp.concatenate([jnp.ravel(aux[name]) for aux in auxes if name in aux])) for name in names
-    }
+    return {name: jnp.mean(jnp.concatenate([jnp.ravel(aux[name]) for aux in auxes if name in aux])) for name in names}

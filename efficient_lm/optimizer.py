@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(abc.ABC):
     """How the learning rate goes from step to step, as a share of its peak."""

@@ -36,9 +36,7 @@ class RotaryConfig:
     scaling: Llama3Scaling | None = None
 
 
-def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], cfg: RotaryConfig
-) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], cfg: RotaryConfig) -> Float[Array, "B T N H"]:
     """Turns pairs (i, i + R/2) of the first R = fraction * H channels by angles that grow with the position."""
     R = int(x.shape[-1] * cfg.fraction)
     frequencies = cfg.theta ** (-jnp.arange(0, R, 2, dtype=jnp.float32) / R)

@@ -50,9 +50,7 @@ def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.Gra
             (loss, sums), grads = grad(model, batch)
             return loss, sums, grads
         # Each part takes every n-th row, so that all devices work on every part.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, cfg.grad_accumulation, x.shape[-1]), 0, 1), batch
-        )
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, cfg.grad_accumulation, x.shape[-1]), 0, 1), batch)
 
         def add(total, part):
             (loss, sums), grads = grad(model, part)

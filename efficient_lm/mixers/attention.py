@@ -89,6 +89,12 @@ class Attention(Mixer):
             document_length=shard(jnp.zeros((batch_size,), jnp.int32), "B"),
         )
 
+    def flops_per_token(self, seq_len: int) -> float:
+        window = min(self.cfg.window_size or seq_len, seq_len)
+        # The first tokens see fewer than a window.
+        seen = window - window * (window - 1) / (2 * seq_len)
+        return 4.0 * self.cfg.num_heads * self.cfg.head_dim * seen
+
     @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "B T D"], state: KVCache | None = None, *, segment_ids: Int[Array, "B T"] | None = None

@@ -41,6 +41,13 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the floating-point operations per token forward, beside products with weights.
+
+        It counts what the definition needs in a document of `seq_len` tokens, not what an implementation spends.
+        """
+        raise NotImplementedError
+
     def __call__(
         self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], State]:

@@ -69,6 +69,11 @@ class GatedDeltaNet(Mixer):
         convs = [conv.init_state(batch_size, dtype) for conv in (self.q_conv, self.k_conv, self.v_conv)]
         return GatedDeltaNetState(shard(jnp.zeros(shape, jnp.float32), "BNHP"), *convs)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        del seq_len
+        # Per entry of the state: forget, read for the key, write, read for the query.
+        return 7.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
+
     @jax.named_scope("gated_deltanet")
     def __call__(
         self,

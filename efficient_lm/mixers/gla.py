@@ -55,6 +55,11 @@ class GLA(Mixer):
         shape = (batch_size, self.cfg.num_heads, self.cfg.key_dim, self.cfg.value_dim)
         return GLAState(shard(jnp.zeros(shape, jnp.float32), "BNHP"))
 
+    def flops_per_token(self, seq_len: int) -> float:
+        del seq_len
+        # Per entry of the state: forget, write, read.
+        return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
+
     @jax.named_scope("gla")
     def __call__(
         self, x: Float[Array, "B T D"], state: GLAState | None = None, *, segment_ids: Int[Array, "B T"] | None = None

@@ -68,9 +68,18 @@ class Mamba2(Mixer):
         convs = [conv.init_state(batch_size, dtype) for conv in (self.q_conv, self.k_conv, self.v_conv)]
         return Mamba2State(shard(jnp.zeros(shape, jnp.float32), "BNHP"), *convs)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        del seq_len
+        # Per entry of the state: forget, write, read.
+        return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
+
     @jax.named_scope("mamba2")
     def __call__(
-        self, x: Float[Array, "B T D"], state: Mamba2State | None = None, *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        state: Mamba2State | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Mamba2State | None]:
         q_BTKH, q_conv = self.q_conv(self.q_proj(x), state and state.q_conv, segment_ids=segment_ids)
         k_BTKH, k_conv = self.k_conv(self.k_proj(x), state and state.k_conv, segment_ids=segment_ids)

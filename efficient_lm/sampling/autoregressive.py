@@ -46,9 +46,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     return tokens_BT, segment_ids_BT
 
 
-def choose(
-    logits: Float[Array, "B V"], key: jax.Array, cfg: SamplingConfig
-) -> Int[Array, "B"]:
+def choose(logits: Float[Array, "B V"], key: jax.Array, cfg: SamplingConfig) -> Int[Array, "B"]:
     """Draws one token per row."""
     if cfg.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
