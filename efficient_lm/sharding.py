@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 MESH_AXES = {"B": "data", "D": "data", "V": "model", "F": "model", "N": "model", "K": "model", "E": "expert"}
 
@@ -79,3 +79,9 @@ def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]
         return run(*xs)
 
     return call
+
+
+def sharding(dims: str) -> Sharding:
+    """Returns where an array of the host goes whose dimensions are `dims`; the first device outside a mesh."""
+    mesh = jax.sharding.get_mesh()
+    return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec(dims))

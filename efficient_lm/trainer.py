@@ -1,0 +1,290 @@
+"""A run from its configuration to its last checkpoint."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efficient_lm.checkpoint import Checkpoints
+from efficient_lm.config import TrainConfig, parse_profile
+from efficient_lm.console import TrainingProgress, console, count, model_table
+from efficient_lm.data import Batch, Data
+from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
+from efficient_lm.flops import peak_flops, training_flops_per_token
+from efficient_lm.metrics import MetricsLog, check_logging
+from efficient_lm.plots import plot_run
+from efficient_lm.run_folder import config_to_dict, open_run
+from efficient_lm.sampling import generate
+from efficient_lm.sharding import make_mesh, sharding
+from efficient_lm.signals import stop_signals
+from efficient_lm.training import TrainState, init_state, make_eval_step, make_train_step
+
+# Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
+COMPARE_BYTES = 32 * 2**20
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row gave gradients that cannot be trusted."""
+
+
+def fit(cfg: TrainConfig) -> Path:
+    """Trains, or goes on with what the run folder holds; returns the folder.
+
+    Raises:
+      ValueError, FileNotFoundError: the configuration, the data or the run folder do not fit; nothing was changed.
+      SaveFailed, DamagedCheckpoint: the disk failed us.
+      Diverged: training went wrong; the checkpoints from before are there.
+    """
+    check(cfg)
+    mesh = make_mesh(cfg.mesh) if cfg.mesh else None
+    with (
+        jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
+        open_run(Path(cfg.run_dir), cfg, fresh=cfg.fresh) as run_dir,
+    ):
+        data = cfg.data.build(run_dir=run_dir, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        if data.tokenizer.vocab_size > cfg.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {data.tokenizer.vocab_size} tokens, the model only "
+                f"vocab_size={cfg.model.vocab_size}; set --model.vocab-size {data.tokenizer.vocab_size} or more"
+            )
+        with Run(cfg, run_dir, data) as run:
+            run.train()
+        return run_dir
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raises ValueError for what can be known to fail before anything is read, written or compiled."""
+    check_logging(cfg.logging)
+    if cfg.mesh:
+        rows, shards = cfg.batch_size // cfg.grad_accumulation, make_mesh(cfg.mesh).shape.get("data", 1)
+        if rows % shards:
+            raise ValueError(
+                f"batch_size={cfg.batch_size} / grad_accumulation={cfg.grad_accumulation} = {rows} rows "
+                f"cannot be divided among data={shards} devices"
+            )
+    jax.eval_shape(lambda: init_state(cfg, cfg.optimizer.build(cfg.num_steps)[0]))
+
+
+class Run:
+    """What lives from the first step to the last: compiled functions, open files, the state."""
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, data: Data):
+        self.cfg, self.dir, self.data = cfg, run_dir, data
+        objective = cfg.objective.build()
+        optimizer, self.learning_rate = cfg.optimizer.build(cfg.num_steps)
+        self._train_step = make_train_step(cfg, objective, optimizer)
+        self._eval_step = make_eval_step(objective)
+        self.batches = data.train()
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint)
+
+        init = jax.jit(lambda: init_state(cfg, optimizer))
+        restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
+        self.first_step, self.state = restored or (0, init())
+        self._log = MetricsLog(run_dir, cfg.logging, self.first_step, config_to_dict(cfg))
+        self._flops_per_token = training_flops_per_token(self.state.model, cfg.seq_len)
+        self._started, self._productive = time.perf_counter(), 0.0
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.batches.close()
+        self._log.close()
+        self.checkpoints.close()
+
+    def train(self) -> None:
+        cfg, last = self.cfg, self.cfg.num_steps
+        console.print(model_table(cfg.model, self.state.model))
+        self._say_where_it_starts()
+        step, interval = self.first_step, Interval(self.data.tokenizer.token_bytes)
+        with stop_signals() as should_stop, TrainingProgress(last, step) as progress, Profiler(cfg.profile, self.dir) as profiler:
+            while step < last:
+                profiler.before(step)
+                with interval.waiting():
+                    batch = next(self.batches)
+                self.state, metrics = self._train_step(self.state, put(batch))
+                interval.add(batch, metrics)
+                step += 1
+                progress.advance(step)
+                is_last, stop = step == last, should_stop(step)
+                if step % cfg.logging.every == 0 or is_last or stop:
+                    self._report(step, interval, progress)
+                    interval = Interval(self.data.tokenizer.token_bytes)
+                if self.checkpoints.is_due(step) or is_last or stop:
+                    self.checkpoints.save(step, self.state, self.batches)
+                self.checkpoints.check()
+                if stop and not is_last:
+                    break
+                if step % cfg.evaluation.every == 0 and not is_last:
+                    self._evaluate(step, cfg.evaluation.max_batches)
+                    interval = Interval(self.data.tokenizer.token_bytes)
+        self.checkpoints.wait()
+        if step < last:
+            console.print(f"stopped and saved after step {step}; the same command goes on from there")
+        else:
+            self._finish(step)
+
+    def _say_where_it_starts(self) -> None:
+        cfg, device = self.cfg, jax.devices()[0]
+        epochs = cfg.num_steps * cfg.batch_size * cfg.seq_len / self.data.num_train_targets
+        console.print(
+            f"{count(self.data.num_train_targets)} tokens to train on ({epochs:.2g} epochs), "
+            f"{count(self.data.num_validation_targets)} held out; {jax.device_count()} x {device.device_kind}"
+        )
+        if self.first_step:
+            console.print(f"going on from step {self.first_step} of {self.dir}")
+        else:
+            console.print(f"starting in {self.dir}")
+
+    def _report(self, step: int, interval: "Interval", progress: TrainingProgress) -> None:
+        values = interval.summary()
+        self._productive += values["seconds"] * (1 - values["data_wait"])
+        values |= {
+            "learning_rate": float(self.learning_rate(step - 1)),
+            "goodput": self._productive / (time.perf_counter() - self._started),
+        }
+        if (peak := peak_flops()) is not None:
+            values["mfu"] = self._flops_per_token * values["tokens_per_second"] / peak
+        self._log.write(step, values)
+        text = (
+            f"loss {values['loss']:.3f}  {values['bits_per_byte']:.3f} bits/byte  "
+            f"{count(values['tokens_per_second'])} tokens/s"
+        )
+        progress.report(step, text + (f"  {values['mfu']:.0%} MFU" if "mfu" in values else ""))
+        if values["skipped_in_a_row"] >= self.cfg.guard.patience:
+            raise Diverged(
+                f"{values['skipped_in_a_row']:.0f} steps in a row up to step {step} had gradients that were not finite "
+                f"or spiked; lower the learning rate ({self.cfg.optimizer.learning_rate}) and go on from a checkpoint "
+                f"in {self.checkpoints.folder}"
+            )
+
+    def _evaluate(self, step: int, max_batches: int | None) -> HeldOut:
+        result = evaluate(self._eval_step, self.state.model, self.data, put, max_batches)
+        sample = self.sample()
+        self._log.write(
+            step,
+            {
+                "held_out_loss": result.loss,
+                "held_out_bits_per_byte": result.bits_per_byte,
+                "held_out_loss_by_position": result.by_position,
+                "sample": sample,
+            },
+        )
+        plot_run(self.dir, {})
+        console.print(f"step {step}: held out {result.bits_per_byte:.4f} bits/byte, loss {result.loss:.4f}")
+        console.print(_indent(sample), style="dim", markup=False)
+        return result
+
+    def sample(self) -> str:
+        """Returns the evaluation's prompt and how the model goes on."""
+        settings, tokenizer = self.cfg.evaluation, self.data.tokenizer
+        prompt = [tokenizer.bos_id, *tokenizer.encode(settings.prompt).tolist()]
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(self.state.step))
+        chunks = generate(
+            self.state.model, [prompt], key, settings.sampling, stop_tokens=[tokenizer.eos_id], tokens_at_once=32
+        )
+        new = np.concatenate([chunk[0] for chunk in chunks])
+        return settings.prompt + tokenizer.decode(new[(new >= 0) & (new != tokenizer.eos_id)])
+
+    def _finish(self, step: int) -> None:
+        result = self._evaluate(step, None)
+        baselines, size = {}, sum(len(document) for document in self.data.validation_documents())
+        if size <= COMPARE_BYTES:
+            baselines = compressed_bits_per_byte(self.data.validation_documents())
+        plot = plot_run(self.dir, baselines)
+        sample_file = self.dir / "sample.txt"
+        sample_file.write_text(self.sample())
+        console.print(f"\nheld-out text, {count(size)} bytes never trained on:")
+        numbers = {"this model": result.bits_per_byte, **baselines}
+        for name, value in sorted(numbers.items(), key=lambda item: item[1]):
+            style = "bold" if name == "this model" else None
+            console.print(f"  {name:<12} {value:.4f} bits per byte", style=style)
+        for name, path in (
+            ("metrics", self.dir / "metrics.jsonl"),
+            ("plot", plot),
+            ("sample", sample_file),
+            ("checkpoint", self.checkpoints.folder / str(step)),
+        ):
+            console.print(f"{name:<12} {path}")
+        console.print(f"talk to it   python -m efficient_lm.sample {self.dir} --prompt {self.cfg.evaluation.prompt!r}")
+
+
+def put(batch: Batch) -> Batch:
+    """Lays a batch of the host out over the devices."""
+    return jax.tree.map(lambda x: jax.device_put(x, sharding("BT")), batch)
+
+
+class Interval:
+    """What happened since the last report."""
+
+    def __init__(self, token_bytes_V: np.ndarray):
+        self._token_bytes_V = token_bytes_V
+        self._start, self._waited = time.perf_counter(), 0.0
+        self._bytes, self._slots = 0, 0
+        self._metrics: list[dict[str, jax.Array]] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, batch: Batch, metrics: dict[str, jax.Array]) -> None:
+        self._bytes += int(self._token_bytes_V[batch.targets[batch.segment_ids > 0]].sum())
+        self._slots += batch.tokens.size
+        self._metrics.append(metrics)
+
+    def summary(self) -> dict[str, float]:
+        """Returns means over the steps; waits for the last one to be computed."""
+        steps: list[dict[str, Any]] = jax.device_get(self._metrics)
+        seconds = time.perf_counter() - self._start
+        tokens = sum(float(m["tokens"]) for m in steps)
+        means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0] if name != "tokens"}
+        nats = sum(float(m["nll"]) * float(m["tokens"]) for m in steps)
+        return means | {
+            "bits_per_byte": nats / math.log(2) / max(self._bytes, 1),
+            "skipped": float(steps[-1]["skipped"]),
+            "skipped_in_a_row": float(steps[-1]["skipped_in_a_row"]),
+            "seconds": seconds,
+            "seconds_per_step": seconds / len(steps),
+            "tokens_per_second": tokens / seconds,
+            "data_wait": self._waited / seconds,
+            "padding": 1 - tokens / self._slots,
+        }
+
+
+class Profiler:
+    """Traces a window of steps for XProf and Perfetto."""
+
+    def __init__(self, window: str | None, run_dir: Path):
+        self._window = (-1, -1) if window is None else parse_profile(window)
+        self._dir, self._on = run_dir / "profile", False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def before(self, step: int) -> None:
+        if step == self._window[0]:
+            jax.profiler.start_trace(str(self._dir))
+            self._on = True
+        if self._on and step >= self._window[1]:
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._on = False
+        console.print(f"profile of steps {self._window[0]} to {self._window[1]} in {self._dir}")
+
+    def __exit__(self, *_) -> None:
+        if self._on:
+            self._stop()
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
