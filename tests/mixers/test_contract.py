@@ -1,0 +1,91 @@
+"""Every mixer keeps the contract, and the contract notices mixers that do not."""
+
+import dataclasses
+
+import contract
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from efficient_lm import mixers
+from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, Mixer, MixerConfig
+
+# One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
+TINY = [
+    AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, output_gate=True),
+    AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=4, sink_logits=True, soft_cap=5.0),
+    GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
+    GLAConfig(num_heads=2, key_dim=8, value_dim=16),
+    Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+]
+
+
+def test_every_mixer_is_covered():
+    exported = {c for c in vars(mixers).values() if isinstance(c, type) and issubclass(c, MixerConfig)}
+    assert exported - {MixerConfig} == {type(cfg) for cfg in TINY}
+
+
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("cfg", TINY, ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+def test_promise(cfg, promise):
+    if promise is contract.cut_packed and getattr(cfg, "window_size", None):
+        pytest.skip("a window counts slots: padding between the parts of a document takes some of them")
+    promise(cfg)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(MixerConfig):
+    """A running mean over the document that breaks one promise."""
+
+    breaks: str | None
+
+    def build(self, d_model, *, rngs):
+        return BrokenMixer(self.breaks, d_model, rngs=rngs)
+
+
+class BrokenMixer(Mixer):
+    def __init__(self, breaks, d_model, *, rngs):
+        self.breaks = breaks
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_model, d_model)) / d_model**0.5)
+
+    def init_state(self, batch_size, max_len, dtype=jnp.float32):
+        return jnp.zeros((batch_size, 1, self.kernel.shape[0])), jnp.zeros((batch_size,), jnp.int32)
+
+    def __call__(self, x, state=None, *, segment_ids=None):
+        B, T, _ = x.shape
+        ids_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+        if self.breaks == "packed_equals_separate":
+            ids_BT = jnp.minimum(ids_BT, 1)
+        sum_B1D, last_B = self.init_state(B, 0) if state is None else state
+        if self.breaks == "cut_anywhere":
+            sum_B1D = jnp.zeros_like(sum_B1D)
+        real_BT = ids_BT > 0
+        filled_BT = jax.lax.cummax(ids_BT, axis=1)
+        same_BTT = (ids_BT[:, :, None] == ids_BT[:, None]) & real_BT[:, :, None]
+        causal_TT = jnp.tril(jnp.ones((T, T), bool), 0 if self.breaks != "future_does_not_leak" else 1)
+        first_B = jnp.where(last_B > 0, last_B, jnp.min(jnp.where(real_BT, ids_BT, 99), axis=1, initial=99))
+        sums_BTD = jnp.einsum("bts,bsd->btd", (same_BTT & causal_TT).astype(x.dtype), x)
+        carried_BT = (ids_BT == first_B[:, None]) & real_BT
+        sums_BTD = sums_BTD + jnp.where(carried_BT[..., None], sum_B1D, 0).astype(x.dtype)
+        if self.breaks == "sharded_equals_single" and not jax.sharding.get_abstract_mesh().empty:
+            sums_BTD = sums_BTD * 1.01
+        y_BTD = jnp.tanh(sums_BTD) @ self.kernel[...].astype(x.dtype)
+        if self.breaks == "bfloat16_is_close" and x.dtype == jnp.bfloat16:
+            y_BTD = y_BTD * 1.1
+        if self.breaks == "extremes_are_finite":
+            y_BTD = y_BTD + 0.0 * jnp.sqrt(jnp.sum(x, axis=-1, keepdims=True) ** 2)
+        if state is None:
+            return y_BTD, None
+        last_B = jnp.maximum(last_B, jnp.max(filled_BT, axis=1, initial=0))
+        keep_B11 = (jnp.max(filled_BT, axis=1, initial=0) <= first_B)[:, None, None]
+        total_B1D = jnp.sum(jnp.where((ids_BT == last_B[:, None])[..., None], x, 0), axis=1, keepdims=True)
+        return y_BTD, (jnp.where(keep_B11, sum_B1D, 0) + total_B1D.astype(sum_B1D.dtype), last_B)
+
+
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+def test_contract_notices(promise):
+    promise(Broken(breaks=None))
+    name = "cut_anywhere" if promise is contract.cut_packed else promise.__name__
+    with pytest.raises(AssertionError):
+        promise(Broken(breaks=name))
