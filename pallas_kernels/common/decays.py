@@ -18,7 +18,8 @@ of tokens j >= t, in what the tokens before it leave, and in keep:
 
     dg[t] = sum_{i >= t} rows[i] - sum_{j >= t} cols[j] + sum_{j < t} puts[j] + whole
 
-A token's read of itself does not decay: it is left out of rows and cols, where it would only cancel.
+A token's read of itself (with `before`, of its neighbour) does not decay: where pairs are at hand it is left out of rows
+and cols, in which it would only cancel.
 """
 
 import jax
@@ -32,8 +33,9 @@ _MIN_LOG = -128.0
 
 
 def _lower(L: int, diagonal: int) -> jax.Array:
-    """Which pairs have j <= i + diagonal."""
-    return jax.lax.broadcasted_iota(jnp.int32, (L, L), 0) + diagonal >= jax.lax.broadcasted_iota(jnp.int32, (L, L), 1)
+    """Which pairs have j <= i + diagonal, `111.. L L`."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, L, L), axis) for axis in (4, 5))
+    return i + diagonal >= j
 
 
 def _exp_difference(later: list[jax.Array], earlier: list[jax.Array]) -> jax.Array:
@@ -63,7 +65,7 @@ class HeadDecay:
 
     @staticmethod
     def _sum(x_CBKGL: jax.Array, which_LL: jax.Array) -> jax.Array:
-        return jnp.einsum("CBKGS,LS->CBKGL", x_CBKGL, which_LL.astype(x_CBKGL.dtype), precision="highest")
+        return jnp.einsum("CBKGS,LS->CBKGL", x_CBKGL, which_LL[0, 0, 0, 0].astype(x_CBKGL.dtype), precision="highest")
 
     def _pairs(self, diagonal: int) -> jax.Array:
         d_CBKGLS = _exp_difference([x[..., :, None] for x in self._rows], [x[..., None, :] for x in self._cols])
@@ -76,7 +78,8 @@ class HeadDecay:
     def scores_backward(self, d_CBKGLS, scores_CBKGLS, x_CBKLH, k_CBKLH, diagonal: int):
         """Returns the gradients of x and k, rows and cols, given that of the scores and the scores themselves."""
         dproduct_CBKLS = jnp.sum(d_CBKGLS * self._pairs(diagonal), axis=3)
-        dlog_CBKGLS = jnp.where(_lower(self._L, -1), d_CBKGLS * scores_CBKGLS, 0)
+        decayed_LL = _lower(self._L, -2 if self._before else -1)
+        dlog_CBKGLS = jnp.where(decayed_LL, d_CBKGLS * scores_CBKGLS, 0)
         return (
             jnp.einsum("CBKLS,CBKSH->CBKLH", dproduct_CBKLS, k_CBKLH),
             jnp.einsum("CBKLS,CBKLH->CBKSH", dproduct_CBKLS, x_CBKLH),
@@ -101,9 +104,9 @@ class HeadDecay:
 
     def gradient(self, rows_CBKGLX, cols_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
         """Returns the gradient of g, `CBKGL`."""
-        later_LL = _lower(self._L, 0).T
+        later_LL = _lower(self._L, 0).mT
         return (
-            self._sum(rows_CBKGLX[..., 0], _lower(self._L, -1).T if self._before else later_LL)
+            self._sum(rows_CBKGLX[..., 0], _lower(self._L, -1).mT if self._before else later_LL)
             - self._sum(cols_CBKGLX[..., 0], later_LL)
             + self._sum(puts_CBKGLX[..., 0], _lower(self._L, -1))
             + whole_CBKGX
@@ -193,7 +196,7 @@ class ChannelDecay:
         L = rows_CBKGLX.shape[-2]
         if self._before:  # what token i reads decays up to i - 1
             rows_CBKGLX = jnp.pad(rows_CBKGLX[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
-        later_CBKGLX = _matmul_each(_lower(L, 0).T, rows_CBKGLX - cols_CBKGLX)
+        later_CBKGLX = _matmul_each(_lower(L, 0).mT, rows_CBKGLX - cols_CBKGLX)
         return later_CBKGLX + _matmul_each(_lower(L, -1), puts_CBKGLX) + whole_CBKGX[..., None, :]
 
 

@@ -1,11 +1,19 @@
 """The gated delta rule: DeltaNet (https://arxiv.org/abs/2406.06484), Gated DeltaNet, Kimi Delta Attention."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl
-from pallas_kernels.common.shapes import check_heads
-from pallas_kernels.delta_rule import ref
+from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.documents import fill_padding
+from pallas_kernels.common.shapes import check_heads, check_shapes
+from pallas_kernels.delta_rule import ref, xla
+
+# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
+FORWARD = {"xla": xla.forward}
+BACKWARD = {"xla": xla.backward}
 
 
 def delta_rule(
@@ -36,16 +44,47 @@ def delta_rule(
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
       scale: `H**-0.5` if not given.
-      impl: "ref" or None, the best one for these shapes.
+      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
     """
-    check_impl("delta_rule", impl, ("ref",))
+    check_impl("delta_rule", impl, ("ref", *FORWARD))
     check_heads("delta_rule", q, k, v)
     B, T, N, P = v.shape
     H = k.shape[-1]
-    if g is None:
-        g = jnp.zeros((B, T, N), jnp.float32)
-    if state is None:
-        state = jnp.zeros((B, N, H, P), jnp.float32)
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    if g is not None and g.shape not in ((B, T, N), (B, T, N, H)):
+        raise ValueError(f"delta_rule: g has shape {g.shape}, it must be {(B, T, N)} or {(B, T, N, H)}")
+    check_shapes(
+        "delta_rule",
+        {"beta": (beta, (B, T, N)), "state": (state, (B, N, H, P)), "segment_ids": (segment_ids, (B, T))},
+    )
+    scale = H**-0.5 if scale is None else scale
+    g = jnp.zeros((B, T, N), dtype) if g is None else g.astype(dtype)
+    state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+        return ref.delta_rule(q, k, v, beta, g, state, ids, scale)
+
     if segment_ids is None:
-        segment_ids = jnp.ones((B, T), jnp.int32)
-    return ref.delta_rule(q, k, v, beta, g, state, segment_ids, H**-0.5 if scale is None else scale)
+        return _op(impl, scale, q, k, v, beta, g, state, ids)
+    real_BT1 = (ids > 0)[..., None]
+    beta = jnp.where(real_BT1, beta, 0)
+    g = jnp.where(real_BT1 if g.ndim == 3 else real_BT1[..., None], g, 0)
+    o_BTNP, state_BNHP = _op(impl, scale, q, k, v, beta, g, state, fill_padding(ids))
+    return jnp.where(real_BT1[..., None], o_BTNP, 0), state_BNHP
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _op(impl, scale, *args):
+    return _forward(impl, scale, *args)[0]
+
+
+def _forward(impl, scale, *args):
+    return dispatch(impl, {name: functools.partial(fn, scale) for name, fn in FORWARD.items()}, *args)
+
+
+def _backward(impl, scale, residuals, cotangents):
+    backward = {name: functools.partial(fn, scale) for name, fn in BACKWARD.items()}
+    return *dispatch(impl, backward, residuals, cotangents), None
+
+
+_op.defvjp(_forward, _backward)

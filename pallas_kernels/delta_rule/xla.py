@@ -1,0 +1,133 @@
+"""The delta rule in chunks of matmuls; https://arxiv.org/abs/2406.06484, https://arxiv.org/abs/2412.06464.
+
+Token i writes u_i = beta_i (v_i - what the decayed state holds for k_i), and that state holds what the tokens before it
+wrote. With the decays of `common/decays.py` (KK strictly lower scores of k and k, QK the scores of q and k, S the state
+before the chunk) these are L linear equations, whose matrix is unit lower triangular:
+
+    (I + beta KK) U = beta (V - reads (K S)) =: X
+    O  = QK U + reads (Q S)
+    S' = keep S + K^T (writes U)
+
+With M = (I + beta KK)^-1 and W = M beta (reads K), U = M beta V - W S: only the last product waits for the state.
+Backward, dS and dS' being the gradients of S and S':
+
+    dU = QK^T dO + writes (K dS')
+    dS = keep dS' + Q^T (reads dO) - W^T dU
+    dX = M^T dU                    from U = M X; and d(beta KK) = -dX U^T, as dM^-1 = -M^T dM M^T
+    dV = beta dX                   d(reads K S) = -beta dX, which gives dK its share, as dO gives dQ
+    dQK = dO U^T                   d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
+
+Residuals are the inputs, the state before each chunk of `CHUNK` tokens, `states_CBKGHP`, and the inverses M_CBKGLL.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import blocks, chunks
+from pallas_kernels.common.decays import ChannelDecay, HeadDecay
+
+CHUNK = 64
+
+
+def _chunked(q, k, v, beta, g, segment_ids, scale):
+    K, dtype = k.shape[2], jnp.promote_types(v.dtype, jnp.float32)
+    q_CBKLH = chunks.split(q, K, CHUNK, dtype)[:, :, :, 0] * scale
+    k_CBKLH = chunks.split(k, K, CHUNK, dtype)[:, :, :, 0]
+    v_CBKGLP, beta_CBKGL, g_CBKGL = (chunks.split(x, K, CHUNK, dtype) for x in (v, beta, g))
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGL, chunks.Segments(segment_ids, CHUNK))
+    return q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL[..., None], decay
+
+
+def forward(scale, q, k, v, beta, g, state, segment_ids):
+    """Returns (o, state) and residuals.
+
+    g is BTN or BTNH; segment_ids never decrease along a row and padding, having beta = 0 and g = 0, is part of a
+    document.
+    """
+    q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
+    k_CBKGLH = k_CBKLH[:, :, :, None]
+    # 1. What each token writes, save for what depends on the state before its chunk.
+    inverse_CBKGLL = blocks.inverse(beta_CBKGL1 * decay.scores(k_CBKLH, k_CBKLH, -1))
+    own_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * v_CBKGLP)
+    w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
+    put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
+
+    # 2. Chunk by chunk: what its tokens write in truth, and the state after it.
+    def step(S_BKGHP, chunk):
+        own_BKGLP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
+        u_BKGLP = own_BKGLP - jnp.matmul(w_BKGLH, S_BKGHP)
+        after_BKGHP = keep_BKGX1 * S_BKGHP + jnp.matmul(put_BKGLH.mT, u_BKGLP)
+        return after_BKGHP, (S_BKGHP, u_BKGLP)
+
+    *_, H, P = state.shape
+    state_BKGHP = state.reshape(*v_CBKGLP.shape[1:4], H, P)
+    last_BKGHP, (states_CBKGHP, u_CBKGLP) = jax.lax.scan(
+        step, state_BKGHP, (own_CBKGLP, w_CBKGLH, put_CBKGLH, decay.keep_CBKGX1)
+    )
+    # 3. Within the chunk, and from the chunks before.
+    o_CBKGLP = jnp.matmul(decay.scores(q_CBKLH, k_CBKLH, 0), u_CBKGLP)
+    o_CBKGLP += decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
+    outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
+    return outputs, (q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL)
+
+
+def backward(scale, residuals, cotangents):
+    """Returns the gradients of q, k, v, beta, g and state."""
+    q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
+    do, dlast = cotangents
+    q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
+    do_CBKGLP = chunks.split(do, k.shape[2], CHUNK, v_CBKGLP.dtype)
+    k_CBKGLH, q_CBKGLH = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None]
+    # 1. What the forward pass knew.
+    kk_CBKGLS = decay.scores(k_CBKLH, k_CBKLH, -1)
+    qk_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, 0)
+    w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
+    put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
+    delta_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
+    u_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * delta_CBKGLP)
+    # 2. The gradients of the state after each chunk and of what its tokens write, from the last chunk to the first.
+    du_CBKGLP = jnp.matmul(qk_CBKGLS.mT, do_CBKGLP)
+    dread_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
+
+    def step(dS_BKGHP, chunk):
+        du_BKGLP, dread_BKGHP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
+        du_BKGLP += jnp.matmul(put_BKGLH, dS_BKGHP)
+        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP - jnp.matmul(w_BKGLH.mT, du_BKGLP)
+        return before_BKGHP, (dS_BKGHP, du_BKGLP)
+
+    dstate_BKGHP, (dstates_CBKGHP, du_CBKGLP) = jax.lax.scan(
+        step,
+        dlast.reshape(states_CBKGHP.shape[1:]),
+        (du_CBKGLP, dread_CBKGHP, w_CBKGLH, put_CBKGLH, decay.keep_CBKGX1),
+        reverse=True,
+    )
+    # 3. Through the triangular system.
+    dx_CBKGLP = jnp.matmul(inverse_CBKGLL.mT, du_CBKGLP)
+    dv_CBKGLP = beta_CBKGL1 * dx_CBKGLP
+    dsystem_CBKGLS = -jnp.matmul(dx_CBKGLP, u_CBKGLP.mT)
+    dbeta_CBKGL = jnp.sum(dx_CBKGLP * delta_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-1)
+    # 4. Within the chunk.
+    dqk_CBKGLS = jnp.matmul(do_CBKGLP, u_CBKGLP.mT)
+    dq_CBKLH, dk_CBKLH, rows, cols = decay.scores_backward(dqk_CBKGLS, qk_CBKGLS, q_CBKLH, k_CBKLH, 0)
+    dkk_CBKGLS = beta_CBKGL1 * dsystem_CBKGLS
+    from_rows, from_cols, more_rows, more_cols = decay.scores_backward(dkk_CBKGLS, kk_CBKGLS, k_CBKLH, k_CBKLH, -1)
+    # 5. Through the states at the chunk's borders.
+    dread_q_CBKGLH = decay.reads_CBKGLX * jnp.matmul(do_CBKGLP, states_CBKGHP.mT)
+    dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.matmul(dv_CBKGLP, states_CBKGHP.mT)
+    dput_CBKGLH = decay.writes_CBKGLX * jnp.matmul(u_CBKGLP, dstates_CBKGHP.mT)
+    dq_CBKLH += jnp.sum(dread_q_CBKGLH, axis=3)
+    dk_CBKLH += from_rows + from_cols + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
+    # 6. The decays.
+    rows += more_rows + decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
+    puts = decay.log_sum(k_CBKGLH * dput_CBKGLH)
+    whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
+    dg_CBKGL = decay.gradient(rows, cols + more_cols, puts, whole)
+    T = v.shape[1]
+    return (
+        chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
+        chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
+        chunks.join(dv_CBKGLP, T, v.dtype),
+        chunks.join(dbeta_CBKGL, T, beta.dtype),
+        chunks.join(dg_CBKGL, T, g.dtype),
+        dstate_BKGHP.reshape(dlast.shape),
+    )
