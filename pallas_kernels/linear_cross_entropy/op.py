@@ -1,12 +1,14 @@
 """The output head and its cross entropy in one, without the logits of all tokens in memory."""
 
+import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl
-from pallas_kernels.linear_cross_entropy import ref
+from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.linear_cross_entropy import ref, xla
 
 
 def linear_cross_entropy(
@@ -37,4 +39,23 @@ def linear_cross_entropy(
         raise ValueError(f"soft_cap is {soft_cap}; it has to be positive, or None for no cap")
     if weights is None:
         weights = jnp.ones(labels.shape, jnp.float32)
-    return ref.linear_cross_entropy(x, w, labels, weights, z_loss, soft_cap)
+    if impl == "ref":
+        return ref.linear_cross_entropy(x, w, labels, weights, z_loss, soft_cap)
+    return _linear_cross_entropy(impl, z_loss, soft_cap, x, w, labels, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear_cross_entropy(impl, z_loss, soft_cap, *args):
+    return _forward(impl, z_loss, soft_cap, *args)[0]
+
+
+def _forward(impl, z_loss, soft_cap, *args):
+    return dispatch(impl, {"xla": functools.partial(xla.forward, z_loss, soft_cap)}, *args)
+
+
+def _backward(impl, z_loss, soft_cap, *args):
+    dx, dw, dweights = dispatch(impl, {"xla": functools.partial(xla.backward, z_loss, soft_cap)}, *args)
+    return dx, dw, None, dweights
+
+
+_linear_cross_entropy.defvjp(_forward, _backward)

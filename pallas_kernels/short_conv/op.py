@@ -1,12 +1,14 @@
 """Causal depthwise convolution over a few tokens, with state: y_t = act(bias + sum_j w_j x_{t-W+1+j})."""
 
+import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl
-from pallas_kernels.short_conv import ref
+from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.short_conv import ref, xla
 
 MAX_WIDTH = 8
 
@@ -46,4 +48,24 @@ def short_conv(
         raise ValueError(f"state is {state.shape}; it has to be {(B, W - 1, D)}: the last W-1 inputs")
     if segment_ids is not None and segment_ids.shape != x.shape[:2]:
         raise ValueError(f"segment_ids is {segment_ids.shape}; it has to be {x.shape[:2]}")
-    return ref.short_conv(x, w, bias, state, segment_ids, activation)
+    if x.shape[1] == 0:
+        segment_ids = None
+    if impl == "ref":
+        return ref.short_conv(x, w, bias, state, segment_ids, activation)
+    return _short_conv(impl, activation, x, w, bias, state, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _short_conv(impl, activation, *args):
+    return _forward(impl, activation, *args)[0]
+
+
+def _forward(impl, activation, *args):
+    return dispatch(impl, {"xla": functools.partial(xla.forward, activation)}, *args)
+
+
+def _backward(impl, activation, *args):
+    return *dispatch(impl, {"xla": functools.partial(xla.backward, activation)}, *args), None
+
+
+_short_conv.defvjp(_forward, _backward)

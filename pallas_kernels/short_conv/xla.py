@@ -1,0 +1,154 @@
+"""`short_conv` as a sum of W shifted products, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+
+
+def forward(activation, x, w, bias, state, segment_ids):
+    """Returns `(y, state)` and the residuals, which are the inputs."""
+    close, reopen = _hole_moves(segment_ids)
+    y, new_state = _forward_packed(activation, close(x), w, bias, state, close(segment_ids))
+    return (reopen(y), new_state), (x, w, bias, state, segment_ids)
+
+
+def backward(activation, residuals, cotangents):
+    """Returns the gradients of x, w, bias and state."""
+    x, w, bias, state, segment_ids = residuals
+    dy, dstate = cotangents
+    close, reopen = _hole_moves(segment_ids)
+    dx, *rest = _backward_packed(activation, close(x), w, bias, state, close(segment_ids), close(dy), dstate)
+    return reopen(dx), *rest
+
+
+def _hole_moves(ids_BT):
+    """Returns two functions: one moves the padding of each row to its end, the other moves it back.
+
+    With padding at the end taps are plain shifts. It almost always is there already, and then both do nothing.
+    """
+    if ids_BT is None or ids_BT.shape[1] < 2:
+        return lambda a: a, lambda a: a
+    has_holes = jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
+    order_BT = lambda: jnp.argsort(ids_BT == 0, axis=1, stable=True)
+    close = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, order_BT()), lambda a: a, a)
+    reopen = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
+    return close, reopen
+
+
+def _take(a, index_BT):
+    return jnp.take_along_axis(a, index_BT.reshape(index_BT.shape + (1,) * (a.ndim - 2)), axis=1)
+
+
+def _inputs(x, state, segment_ids, dtype):
+    x = x if segment_ids is None else jnp.where((segment_ids > 0)[..., None], x, 0)
+    return jnp.concatenate([state.astype(dtype), x.astype(dtype)], axis=1)
+
+
+def _taps(inputs_BTD, ids_BT, T):
+    """Yields, for each column of w, the inputs that it multiplies: zero across a document's border."""
+    W = inputs_BTD.shape[1] - T + 1
+    for j in range(W):
+        tap_BTD = inputs_BTD[:, j : j + T]
+        if ids_BT is not None and j < W - 1:
+            tap_BTD = jnp.where((ids_BT[:, j : j + T] == ids_BT[:, W - 1 :])[..., None], tap_BTD, 0)
+        yield tap_BTD
+
+
+def _with_state_ids(ids_BT, W):
+    """Returns ids for state and inputs: the state belongs to the row's first document."""
+    return jnp.pad(ids_BT, ((0, 0), (W - 1, 0)), mode="edge")
+
+
+def _preactivation(inputs_BTD, w_DW, bias, ids_BT, T):
+    z_BTD = sum(tap_BTD * w_DW[None, None, :, j] for j, tap_BTD in enumerate(_taps(inputs_BTD, ids_BT, T)))
+    return z_BTD if bias is None else z_BTD + bias.astype(z_BTD.dtype)[None, None]
+
+
+def _last(ids_BT, T, W):
+    """Returns where in state and inputs the new state lies, and which of it is of the row's last document."""
+    count_B1 = jnp.sum(ids_BT[:, W - 1 :] > 0, axis=1, keepdims=True)
+    place_BW = count_B1 + jnp.arange(W - 1)[None]
+    last_B1 = _take(ids_BT, count_B1 + W - 2) if W > 1 else count_B1
+    return place_BW, _take(ids_BT, place_BW) == last_B1
+
+
+def _forward_packed(activation, x, w, bias, state, segment_ids):
+    """The convolution of rows whose padding, if any, is at the end."""
+    T, W = x.shape[1], w.shape[1]
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    inputs_BTD = _inputs(x, state, segment_ids, dtype)
+    ids_BT = None if segment_ids is None else _with_state_ids(segment_ids, W)
+    y_BTD = _preactivation(inputs_BTD, w.astype(dtype), bias, ids_BT, T)
+    if activation == "silu":
+        y_BTD = jax.nn.silu(y_BTD)
+    if ids_BT is None:
+        new_state = inputs_BTD[:, T:]
+    else:
+        y_BTD = jnp.where((segment_ids > 0)[..., None], y_BTD, 0)
+        place_BW, is_same_BW = _last(ids_BT, T, W)
+        new_state = jnp.where(is_same_BW[..., None], _take(inputs_BTD, place_BW), 0)
+    return y_BTD.astype(x.dtype), new_state.astype(state.dtype)
+
+
+def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
+    T, W = x.shape[1], w.shape[1]
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    inputs_BTD, w_DW = _inputs(x, state, segment_ids, dtype), w.astype(dtype)
+    ids_BT = None if segment_ids is None else _with_state_ids(segment_ids, W)
+    dz_BTD = dy.astype(dtype)
+    if activation == "silu":
+        # Computed again: cheaper than keeping it.
+        z_BTD = _preactivation(inputs_BTD, w_DW, bias, ids_BT, T)
+        s_BTD = jax.nn.sigmoid(z_BTD)
+        dz_BTD = dz_BTD * s_BTD * (1 + z_BTD * (1 - s_BTD))
+    if segment_ids is not None:
+        dz_BTD = jnp.where((segment_ids > 0)[..., None], dz_BTD, 0)
+    dz_BTD = jax.lax.optimization_barrier(dz_BTD)  # Else fusion computes it again for each of its 2 W + 1 uses.
+    dw_DW, dbias = _weight_gradients(inputs_BTD, ids_BT, dz_BTD)
+    # The input at place s went to the outputs s .. s+W-1, through the taps W-1 .. 0.
+    edge = ((0, 0), (W - 1, W - 1))
+    padded_BTD = jnp.pad(dz_BTD, (*edge, (0, 0)))
+    dinputs_BTD = 0
+    for j in range(W):
+        here = slice(W - 1 - j, W - 1 - j + T + W - 1)
+        part_BTD = padded_BTD[:, here] * w_DW[None, None, :, j]
+        if ids_BT is not None and j < W - 1:
+            ids_of_outputs_BT = jnp.pad(segment_ids, edge, constant_values=-1)[:, here]
+            part_BTD = jnp.where((ids_of_outputs_BT == ids_BT)[..., None], part_BTD, 0)
+        dinputs_BTD += part_BTD
+    if ids_BT is None:
+        dinputs_BTD = dinputs_BTD.at[:, T:].add(dstate.astype(dtype))
+    else:
+        place_BW, is_same_BW = _last(ids_BT, T, W)
+        dlast_BWD = jnp.where(is_same_BW[..., None], dstate.astype(dtype), 0)
+        dinputs_BTD = jax.vmap(lambda d, place, dlast: d.at[place].add(dlast))(dinputs_BTD, place_BW, dlast_BWD)
+    return (
+        dinputs_BTD[:, W - 1 :].astype(x.dtype),
+        dw_DW.astype(w.dtype),
+        None if bias is None else dbias.astype(bias.dtype),
+        dinputs_BTD[:, : W - 1].astype(state.dtype),
+    )
+
+
+def _weight_gradients(inputs_BTD, ids_BT, dz_BTD):
+    """Returns the gradients of w and bias.
+
+    Adds up products of T / 32 tokens at a time, then these tokens: the CPU backend sums whole columns ten times slower.
+    """
+    B, T, D = dz_BTD.shape
+    L = max(1, -(-T // 32))
+    C = max(1, -(-T // L))
+    W = inputs_BTD.shape[1] - T + 1
+    rest = C * L - T
+    inputs_BTD, dz_BTD = (jnp.pad(a, ((0, 0), (0, rest), (0, 0))) for a in (inputs_BTD, dz_BTD))
+    ids_BT = None if ids_BT is None else jnp.pad(ids_BT, ((0, 0), (0, rest)))
+
+    def step(sums_WBLD, c):
+        piece = lambda a, size: jax.lax.dynamic_slice_in_dim(a, c * L, size, axis=1)
+        ids_BL = None if ids_BT is None else piece(ids_BT, L + W - 1)
+        dz_BLD = piece(dz_BTD, L)
+        taps = _taps(piece(inputs_BTD, L + W - 1), ids_BL, L)
+        return sums_WBLD + jnp.stack([tap_BLD * dz_BLD for tap_BLD in taps] + [dz_BLD]), None
+
+    sums_WBLD, _ = jax.lax.scan(step, jnp.zeros((W + 1, B, L, D), dz_BTD.dtype), jnp.arange(C))
+    sums_WD = jnp.sum(sums_WBLD, axis=(1, 2))
+    return sums_WD[:W].T, sums_WD[W]
