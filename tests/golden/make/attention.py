@@ -64,12 +64,14 @@ def sink_tokens(q, k, v):
 
 def packed(q, k, v):
     same = masks.packed_sequence_mask_function(SEGMENT_IDS)
-    return at_documents(eager(llama_attention, q, k, v, masks.and_masks(masks.causal_mask_function, same)))
+    mask_function = masks.and_masks(masks.causal_mask_function, same)
+    return at_documents(eager(llama_attention, q, k, v, mask_function))
 
 
 def packed_window(q, k, v):
     same = masks.packed_sequence_mask_function(SEGMENT_IDS)
-    return at_documents(eager(llama_attention, q, k, v, masks.and_masks(masks.sliding_window_causal_mask_function(7), same)))
+    mask_function = masks.and_masks(masks.sliding_window_causal_mask_function(7), same)
+    return at_documents(eager(llama_attention, q, k, v, mask_function))
 
 
 def at_documents(outputs):

@@ -28,7 +28,7 @@ def generator(name: str) -> np.random.Generator:
 
 
 def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
-    """Returns normal numbers on a grid of 1/64: exact in float32 (nearly all in bfloat16), and small when compressed."""
+    """Returns normal numbers on a grid of 1/64: exact in float32, and small when compressed."""
     return np.round(rng.normal(size=shape) * scale * 64) / 64
 
 
@@ -86,7 +86,7 @@ def record(
 ) -> None:
     """Writes NAME.npz: `run(inputs)` -> outputs, with random cotangents for all of them and the gradients of `inputs`.
 
-    `constants` are inputs without a gradient; they are stored but `run` has them in its closure. Where
+    `constants` are inputs without a gradient: stored, while `run` has them in its closure. Where
     `zero_cotangents` of an output holds, its cotangent is zero: the output is not defined there.
     """
     if precision == "float64":
@@ -94,7 +94,7 @@ def record(
             tensors, outputs, cotangents = _outputs(name, run, inputs, zero_cotangents, torch.float64)
             grads = _gradients(tensors, outputs, cotangents)
         # The same code, with nothing replaced, gives the same numbers to float32's precision.
-        for key, got in zip(outputs, _outputs(name, run, inputs, zero_cotangents, torch.float32)[1].values(), strict=True):
+        for key, got in _outputs(name, run, inputs, zero_cotangents, torch.float32)[1].items():
             error = (got.double() - outputs[key]).square().mean().sqrt() / outputs[key].square().mean().sqrt()
             assert error < 1e-5, f"{name}: {key} is off by {error:.1e} from the unmodified reference"
     else:

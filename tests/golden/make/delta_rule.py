@@ -46,9 +46,7 @@ def channel_decay(q, k, v, beta, g, state):
 
 
 def packed_token_decay(q, k, v, beta, g, state):
-    run = lambda q, k, v, beta, g, state: gated_delta(
-        q, k, v, beta, g, initial_state=state, output_final_state=True
-    )
+    run = lambda q, k, v, beta, g, state: gated_delta(q, k, v, beta, g, initial_state=state, output_final_state=True)
     o, state = per_document(run, SEGMENT_IDS, state, q=q, k=k, v=v, beta=beta, g=g)
     return {"o": o, "state": state}
 

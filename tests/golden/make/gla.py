@@ -19,7 +19,7 @@ SETTINGS = {
     "expand_v": 1.0,
     "gate_logit_normalizer": 16,
     "gate_low_rank_dim": 4,
-    "norm_eps": 1e-5,
+    "norm_eps": 1e-6,
 }
 
 

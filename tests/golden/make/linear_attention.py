@@ -78,7 +78,7 @@ def packed_bonus(q, k, v, g, bonus, state):
 
 def check_retention() -> None:
     """RetNet's own parallel form agrees with the per-head decay used here."""
-    rng, inputs = sequences("retention")
+    _, inputs = sequences("retention")
     with double_precision():
         q, k, v = (torch.tensor(inputs[key]) for key in "qkv")
         g = torch.log1p(-torch.exp2(-5.0 - torch.arange(N)))

@@ -17,7 +17,8 @@ def main() -> None:
     def loss(x, w):
         return weighted_loss(x @ w, torch.tensor(labels), torch.ones(B, T), z_loss=0.0)
 
-    record(name, loss, inputs, settings={}, source=source, constants={"labels": labels.astype("int32")})
+    constants = {"labels": labels.astype("int32")}
+    record(name, loss, inputs, settings={}, source=source, constants=constants)
 
     rng = generator(name := "linear_cross_entropy_z_loss")
     inputs = {"x": draw(rng, B, T, D), "w": draw(rng, D, V, scale=0.5), "weights": uniform(rng, B, T, low=0, high=2)}
@@ -42,8 +43,9 @@ def main() -> None:
         logits = 2.5 * torch.tanh(x @ w / 2.5)
         return weighted_loss(logits, torch.tensor(cap_labels), torch.ones(B, T), z_loss=0.25)
 
+    constants = {"labels": cap_labels.astype("int32")}
     settings = {"z_loss": 0.25, "soft_cap": 2.5}
-    record(name, capped_loss, inputs, settings=settings, source=source, constants={"labels": cap_labels.astype("int32")})
+    record(name, capped_loss, inputs, settings=settings, source=source, constants=constants)
 
 
 def weighted_loss(logits, labels, weights, z_loss):

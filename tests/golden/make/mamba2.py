@@ -13,25 +13,28 @@ SETTINGS = {
     "num_heads": 4,
     "head_dim": 5,
     "state_size": 6,
-    "n_groups": 2,
     "conv_kernel": 4,
     "use_conv_bias": True,
     "use_bias": False,
-    "layer_norm_epsilon": 1e-5,
+    "layer_norm_epsilon": 1e-6,
     "chunk_size": 16,
 }
 
 
 def main() -> None:
-    module_case(
-        "layer_mamba2",
-        lambda: Mamba2Mixer(Mamba2Config(**SETTINGS, num_hidden_layers=1), layer_idx=0),
-        lambda apply, x: apply(x),
-        draw(generator("layer_mamba2"), B, T, D),
-        parameters,
-        settings=SETTINGS,
-        source="transformers 5.23.0 Mamba2Mixer",
-    )
+    # With two groups, the norm before the output runs over each group by itself.
+    for name, num_groups in (("layer_mamba2", 1), ("layer_mamba2_groups", 2)):
+        settings = SETTINGS | {"n_groups": num_groups}
+        config = Mamba2Config(**settings, num_hidden_layers=1)
+        module_case(
+            name,
+            lambda config=config: Mamba2Mixer(config, layer_idx=0),
+            lambda apply, x: apply(x),
+            draw(generator(name), B, T, D),
+            parameters,
+            settings=settings,
+            source="transformers 5.23.0 Mamba2Mixer",
+        )
 
 
 if __name__ == "__main__":

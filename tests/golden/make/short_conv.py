@@ -1,6 +1,5 @@
 """Golden cases of `short_conv`, from the convolution of transformers' Qwen3-Next."""
 
-import torch
 from common import SEGMENT_IDS, draw, generator, per_document, record
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn, causal_conv1d_update
 

@@ -1,0 +1,189 @@
+"""The mixers against layers of transformers and flash-linear-attention (tests/golden/make says which).
+
+Each case rearranges the other library's parameters into ours, differentiably: gradients are compared under the other
+library's names.
+"""
+
+import json
+import operator
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, MixerConfig
+from efficient_lm.rotary import Llama3Scaling, RotaryConfig
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+type Arrays = dict[str, jax.Array]
+type Settings = dict[str, Any]
+
+
+def heads_in(w: jax.Array, num_heads: int) -> jax.Array:
+    """Returns a torch matrix [out, in] that projects into heads as [D N H]."""
+    return w.T.reshape(w.shape[1], num_heads, -1)
+
+
+def heads_out(w: jax.Array, num_heads: int) -> jax.Array:
+    """Returns a torch matrix [out, in] that projects heads out as [N H D]."""
+    return w.T.reshape(num_heads, -1, w.shape[0])
+
+
+def split(w: jax.Array, *sizes: int, axis: int = -1) -> list[jax.Array]:
+    assert sum(sizes) == w.shape[axis]
+    return jnp.split(w, np.cumsum(sizes)[:-1], axis=axis)
+
+
+def gated_deltanet(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    K, N = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
+    H, P, W = (settings[f"linear_{name}_dim"] for name in ("key_head", "value_head", "conv_kernel"))
+    G = N // K
+    # Packed by key head: its query, its key, then the values and the gates of the heads that it serves.
+    q, k, v, z = split(heads_in(p["in_proj_qkvz.weight"], K), H, H, G * P, G * P)
+    b, a = split(heads_in(p["in_proj_ba.weight"], K), G, G)
+    q_conv, k_conv, v_conv = split(p["conv1d.weight"], K * H, K * H, N * P, axis=0)
+    D = q.shape[0]
+    return GatedDeltaNetConfig(num_heads=N, num_key_heads=K, key_dim=H, value_dim=P, conv_size=W), {
+        "q_proj.kernel": q,
+        "k_proj.kernel": k,
+        "v_proj.kernel": v.reshape(D, N, P),
+        "gate_proj.kernel": z.reshape(D, N, P),
+        "beta_proj.kernel": b.reshape(D, N),
+        "dt_proj.kernel": a.reshape(D, N),
+        "q_conv.kernel": q_conv.reshape(K, H, W),
+        "k_conv.kernel": k_conv.reshape(K, H, W),
+        "v_conv.kernel": v_conv.reshape(N, P, W),
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "norm.norm.scale": p["norm.weight"],
+        "o_proj.kernel": heads_out(p["out_proj.weight"], N),
+    }
+
+
+def qwen3_next_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, K, H = settings["num_attention_heads"], settings["num_key_value_heads"], settings["head_dim"]
+    rope = settings["rope_parameters"]
+    q, gate = split(heads_in(p["q_proj.weight"], N), H, H)
+    rotary = RotaryConfig(theta=rope["rope_theta"], fraction=rope["partial_rotary_factor"])
+    config = AttentionConfig(num_heads=N, num_kv_heads=K, head_dim=H, rotary=rotary, qk_norm=True, output_gate=True)
+    return config, {
+        "q_proj.kernel": q,
+        "gate_proj.kernel": gate,
+        "k_proj.kernel": heads_in(p["k_proj.weight"], K),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "q_norm.scale": 1 + p["q_norm.weight"],
+        "k_norm.scale": 1 + p["k_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def llama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, K, H = settings["num_attention_heads"], settings["num_key_value_heads"], settings["head_dim"]
+    rope = settings["rope_parameters"]
+    scaling = Llama3Scaling(
+        factor=rope["factor"],
+        low_frequency_factor=rope["low_freq_factor"],
+        high_frequency_factor=rope["high_freq_factor"],
+        original_max_len=rope["original_max_position_embeddings"],
+    )
+    rotary = RotaryConfig(theta=rope["rope_theta"], scaling=scaling)
+    return AttentionConfig(num_heads=N, num_kv_heads=K, head_dim=H, rotary=rotary), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], K),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def mamba2(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, K, H, P = (settings[name] for name in ("num_heads", "n_groups", "state_size", "head_dim"))
+    W = settings["conv_kernel"]
+    z, x, B, C, dt = split(p["in_proj.weight"], N * P, N * P, K * H, K * H, N, axis=0)
+    v_conv, k_conv, q_conv = split(p["conv1d.weight"], N * P, K * H, K * H, axis=0)
+    v_bias, k_bias, q_bias = split(p["conv1d.bias"], N * P, K * H, K * H)
+    return Mamba2Config(num_heads=N, num_groups=K, key_dim=H, value_dim=P, conv_size=W), {
+        "q_proj.kernel": heads_in(C, K),
+        "k_proj.kernel": heads_in(B, K),
+        "v_proj.kernel": heads_in(x, N),
+        "gate_proj.kernel": heads_in(z, N),
+        "dt_proj.kernel": dt.T,
+        "q_conv.kernel": q_conv.reshape(K, H, W),
+        "k_conv.kernel": k_conv.reshape(K, H, W),
+        "v_conv.kernel": v_conv.reshape(N, P, W),
+        "q_conv.bias": q_bias.reshape(K, H),
+        "k_conv.bias": k_bias.reshape(K, H),
+        "v_conv.bias": v_bias.reshape(N, P),
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "skip": p["D"],
+        "norm_scale": p["norm.weight"].reshape(N, P),
+        "o_proj.kernel": heads_out(p["out_proj.weight"], N),
+    }
+
+
+def gla(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    D, N, R = settings["hidden_size"], settings["num_heads"], settings["gate_low_rank_dim"]
+    H, P = int(D * settings["expand_k"]) // N, int(D * settings["expand_v"]) // N
+    temperature = float(settings["gate_logit_normalizer"])
+    config = GLAConfig(num_heads=N, key_dim=H, value_dim=P, decay_rank=R, decay_temperature=temperature)
+    return config, {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "decay_down_proj.kernel": p["gk_proj.0.weight"].T,
+        "decay_up_proj.kernel": heads_in(p["gk_proj.1.weight"], N),
+        "decay_bias": p["gk_proj.1.bias"].reshape(N, H),
+        "norm.norm.scale": p["g_norm_swish_gate.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+CASES = {
+    "layer_qwen3_next_gated_deltanet": gated_deltanet,
+    "layer_qwen3_next_attention": qwen3_next_attention,
+    "layer_llama_attention": llama_attention,
+    "layer_mamba2": mamba2,
+    "layer_mamba2_groups": mamba2,
+    "layer_gla": gla,
+}
+
+
+@pytest.mark.parametrize(("case", "convert"), CASES.items(), ids=list(CASES))
+def test_layer(case: str, convert: Callable[[Settings, Arrays], tuple[MixerConfig, Arrays]]):
+    file = np.load(GOLDEN / f"{case}.npz")
+    settings = json.loads(str(file["meta"]))["settings"]
+    inputs = {key.removeprefix("in."): jnp.asarray(file[key]) for key in file.files if key.startswith("in.")}
+
+    @jax.jit
+    def run(inputs, dy):
+        def layer(inputs):
+            config, parameters = convert(settings, {key: x for key, x in inputs.items() if key != "x"})
+            mixer = config.build(settings["hidden_size"], rngs=nnx.Rngs(0))
+            assert len(parameters) == len(jax.tree.leaves(nnx.state(mixer, nnx.Param)))
+            for path, value in parameters.items():
+                variable = operator.attrgetter(path)(mixer)
+                assert variable.shape == value.shape, path
+                variable[...] = value
+            return mixer(inputs["x"])[0]
+
+        y, vjp = jax.vjp(layer, inputs)
+        return y, vjp(dy)[0]
+
+    y, grads = run(inputs, jnp.asarray(file["cotangent.y"]))
+    # Rounding in float32, of a whole layer.
+    errors = {"y": relative_error(y, file["out.y"]) / 2e-5}
+    errors |= {f"d{key}": relative_error(x, file[f"grad.{key}"]) / 1e-4 for key, x in grads.items()}
+    assert all(error < 1 for error in errors.values()), f"errors as multiples of what is tolerated: {errors}"
+
+
+def relative_error(got: jax.Array, want: np.ndarray) -> float:
+    assert got.shape == want.shape
+    error = np.asarray(got, np.float64) - want
+    return float(np.sqrt(np.mean(np.square(error)) / np.mean(np.square(want))))
