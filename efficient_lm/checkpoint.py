@@ -61,8 +61,9 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, cfg: CheckpointConfig):
         self.folder, self.cfg = epath.Path(folder).absolute(), cfg
-        # orbax logs one failed save as a thousand lines from seven threads; SaveFailed says it in one.
-        logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
+        # orbax logs one failed save as a thousand lines from seven threads; our errors say it in one.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_no_traceback_of_orbax)
         policies = ocp.training.preservation_policies
         # Any: orbax's annotations of its own policies contradict one another.
         keep: Any = policies.LatestN(cfg.keep_last)
@@ -72,7 +73,6 @@ class Checkpoints:
             self.folder,
             preservation_policy=keep,
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,
         )
         self._current: int | None = None  # The step that was saved or restored last.
 
@@ -406,8 +406,11 @@ def _agree(damage: str | None) -> str | None:
     return damage or ("another process cannot read it" if anywhere else None)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _first_line(error: BaseException) -> str:
+    """Returns the start of what first went wrong; what orbax wraps it in says less, or something else."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:

@@ -74,6 +74,7 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+@jax.jit
 def fingerprint(x: jax.Array) -> jax.Array:
     """Returns 32 bits that depend on every bit of `x` and on where it stands, not on how `x` is sharded.
 
