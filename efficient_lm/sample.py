@@ -73,7 +73,7 @@ def main(args: Arguments) -> None:
         sys.stdout.write(args.prompt[0])
         decoder = tokenizer.stream()
         for chunk in chunks:
-            sys.stdout.write(decoder.decode(chunk[0][is_text(chunk[0])]))
+            sys.stdout.write(decoder.push(*chunk[0][is_text(chunk[0])].tolist()))
             sys.stdout.flush()
         sys.stdout.write(decoder.flush() + "\n")
         return
