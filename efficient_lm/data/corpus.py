@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Shaped, UInt64
+from jaxtyping import Bool, Int32, Integer, Shaped, UInt64
 from rich.console import Console
 
 from efficient_lm.data.tokenizers import Tokenizer
@@ -29,8 +29,8 @@ class Corpus:
     """Document i is `tokens[starts[i] : starts[i] + lengths[i]]`; bos and eos are put around it when it is read."""
 
     tokens: Shaped[np.ndarray, "_"]
-    starts: Int[np.ndarray, "n"]
-    lengths: Int[np.ndarray, "n"]
+    starts: Integer[np.ndarray, "n"]
+    lengths: Integer[np.ndarray, "n"]
     digests: UInt64[np.ndarray, "n"]
     bos_id: int
     eos_id: int
@@ -109,7 +109,7 @@ def _tokenise(texts: Iterable[bytes], tokenizer: Tokenizer, *, name: str, data_f
     partial.replace(index_file)
 
 
-def from_tokens(tokens: Int[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str) -> Corpus:
+def from_tokens(tokens: Integer[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str) -> Corpus:
     """Returns the documents of a flat array in which every document ends with eos; a bos in front is optional."""
     stops, chunk = [], 1 << 24
     for start in range(0, len(tokens), chunk):

@@ -180,10 +180,9 @@ class ArrayRecordConfig(SourceConfig):
 
         def read() -> Iterator[bytes]:
             for file in files:
-                try:
-                    reader = ArrayRecordReader(str(file))
-                except Exception as error:  # The library raises what its C++ does.
-                    raise ValueError(f"{file} is not an ArrayRecord file: {error}") from None
+                reader = ArrayRecordReader(str(file))
+                if not reader.ok():
+                    raise ValueError(f"{file} is not an ArrayRecord file; check that it was written whole")
                 size = reader.num_records()
                 for start in range(0, size, 1024):
                     records = reader.read(start, min(start + 1024, size))
