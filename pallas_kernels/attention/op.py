@@ -1,12 +1,15 @@
 """Softmax attention: causal or not, windows, sinks, soft cap, grouped heads, packed documents, caches."""
 
+import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import ref
-from pallas_kernels.common.dispatch import check_impl
+from pallas_kernels.attention import ref, xla
+from pallas_kernels.attention.masks import Options
+from pallas_kernels.common.dispatch import check_impl, dispatch
 
 
 def attention(
@@ -67,9 +70,27 @@ def attention(
         one_slot = lambda a: jnp.zeros((B, 1, *a.shape[2:]), a.dtype)
         k, v, kv_segment_ids = one_slot(k), one_slot(v), one_slot(kv_segment_ids)
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
-    scale = H**-0.5 if scale is None else scale
-    options = {"causal": causal, "window_size": window_size, "sink_tokens": sink_tokens, "soft_cap": soft_cap}
-    return ref.attention(q, k, v, sinks, segment_ids, kv_segment_ids, start, scale=scale, **options)
+    options = Options(causal, window_size, sink_tokens, soft_cap, H**-0.5 if scale is None else scale)
+    args = q, k, v, sinks, segment_ids, kv_segment_ids, start
+    if impl == "ref" or T == 0:
+        return ref.attention(options, *args)
+    return _attention(impl, options, *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(impl, options, *args):
+    return _forward(impl, options, *args)[0]
+
+
+def _forward(impl, options, *args):
+    return dispatch(impl, {"xla": functools.partial(xla.forward, options)}, *args)
+
+
+def _backward(impl, options, *args):
+    return *dispatch(impl, {"xla": functools.partial(xla.backward, options)}, *args), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
 
 
 def _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q, k, v, sinks, ids, kv_ids, q_start, *, causal, window_size, sink_tokens, soft_cap, scale):
+def attention(options, q, k, v, sinks, ids, kv_ids, q_start):
     B, T, N, _ = q.shape
     S, G = k.shape[1], N // k.shape[2]
     dtype = jnp.promote_types(jnp.float32, q.dtype)
@@ -20,13 +20,13 @@ def attention(q, k, v, sinks, ids, kv_ids, q_start, *, causal, window_size, sink
         slot = jnp.clip(q_start + t, 0, S - 1)
         ahead_BS = place_BS - place_BS[:, slot][:, None]
         sees_BS = is_key_BS & (kv_ids == id_B[:, None])
-        if causal:
+        if options.causal:
             sees_BS &= ahead_BS <= 0
-        if window_size is not None:
-            sees_BS &= (jnp.abs(ahead_BS) < window_size) | (place_in_document_BS < sink_tokens)
-        scores_BNS = scale * jnp.einsum("BNH,BSNH->BNS", q_BNH, k_BSNH)
-        if soft_cap is not None:
-            scores_BNS = soft_cap * jnp.tanh(scores_BNS / soft_cap)
+        if options.window_size is not None:
+            sees_BS &= (jnp.abs(ahead_BS) < options.window_size) | (place_in_document_BS < options.sink_tokens)
+        scores_BNS = options.scale * jnp.einsum("BNH,BSNH->BNS", q_BNH, k_BSNH)
+        if options.soft_cap is not None:
+            scores_BNS = options.soft_cap * jnp.tanh(scores_BNS / options.soft_cap)
         sees_BNS = jnp.broadcast_to(sees_BS[:, None], scores_BNS.shape)
         if sinks is not None:  # One more key, which every real query sees and whose value is 0.
             sinks_BN1 = jnp.broadcast_to(sinks.astype(dtype)[None, :, None], (B, N, 1))

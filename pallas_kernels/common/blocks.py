@@ -55,6 +55,6 @@ def _substitute(strict_XMM: jax.Array) -> jax.Array:
     for i in range(m):
         row = jnp.broadcast_to(identity_MM[i].reshape(m, *[1] * (strict_XMM.ndim - 2)), strict_MMX.shape[1:])
         for j, above in enumerate(rows):
-            row = row - strict_MMX[i, j] * above
+            row = row - strict_MMX[i, j][None] * above
         rows.append(row)
     return jnp.moveaxis(jnp.stack(rows), (0, 1), (-2, -1))

@@ -1,0 +1,232 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention
+from pallas_kernels.attention import xla
+
+# float32 sums of 200 exponentials and products, in another order.
+VALUE_TOLERANCE, GRAD_TOLERANCE = 5e-6, 2e-5
+
+OPTIONS = {
+    "causal": {},
+    "both ways": {"causal": False},
+    "window": {"window_size": 7},
+    "window both ways": {"causal": False, "window_size": 3},
+    "sink tokens": {"window_size": 5, "sink_tokens": 3},
+    "soft cap": {"soft_cap": 2.0, "scale": 0.7},
+}
+
+
+def rms_error(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.array_equal(np.isfinite(got), np.isfinite(want))
+    got, want = got[np.isfinite(want)], want[np.isfinite(want)]
+    return np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30) if want.size else 0.0
+
+
+def make(T, S=None, N=4, K=2, H=8, P=6, B=5, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    S = T if S is None else S
+    return normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, P), normal(N)
+
+
+def make_ids(T, seed=1):
+    """Packed rows: without padding, with it at the right, at the left, anywhere, everywhere."""
+    rng = np.random.default_rng(seed)
+    ids = np.cumsum(rng.random((5, T)) < 0.05, axis=1) + 1
+    ids[1, T - T // 3 :] = 0
+    ids[2, : max(T // 3, 1)] = 0
+    ids[3, rng.random(T) < 0.3] = 0
+    ids[4] = 0
+    return jnp.asarray(ids, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "causal", "window_size", "sink_tokens", "soft_cap", "scale"))
+def run(q, k, v, sinks, ids=None, kv_ids=None, q_start=None, **options):
+    """Returns o and lse, and the gradients of q, k, v and sinks for random cotangents of both."""
+    fn = lambda q, k, v, sinks: attention(
+        q, k, v, sinks=sinks, segment_ids=ids, kv_segment_ids=kv_ids, q_start=q_start, **options
+    )
+    outputs, pull = jax.vjp(fn, q, k, v, sinks)
+    rng = np.random.default_rng(2)
+    return outputs, pull(jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs))
+
+
+def assert_same(got, want):
+    for outputs, tolerance in ((0, VALUE_TOLERANCE), (1, GRAD_TOLERANCE)):
+        for g, w in zip(jax.tree.leaves(got[outputs]), jax.tree.leaves(want[outputs]), strict=True):
+            assert rms_error(g, w) < tolerance
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks for the short sequences of a test, and a last one that is not full."""
+    monkeypatch.setattr(xla, "BLOCK", 16)
+    monkeypatch.setattr(xla, "MAX_PAIRS_OF_ONE_BLOCK", 64)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_agrees_with_ref(name):
+    args, ids, options = make(67), make_ids(67), OPTIONS[name]
+    assert_same(run(*args, ids, impl="xla", **options), run(*args, ids, impl="ref", **options))
+
+
+@pytest.mark.parametrize("T", [0, 1, 3, 200])
+def test_lengths(T):
+    q, k, v, _ = make(T, N=3, K=1, H=5, P=7)
+    args = q, k, v, None, make_ids(T)
+    assert_same(run(*args, impl=None, window_size=90), run(*args, impl="ref", window_size=90))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("T", "q_start"), [(1, None), (20, None), (20, 13)])
+def test_more_keys_than_queries(T, q_start):
+    q, k, v, _ = make(T, 45)
+    start = None if q_start is None else jnp.asarray(q_start)
+    args = q, k, v, None, None, None, start
+    assert_same(run(*args, impl="xla", window_size=30), run(*args, impl="ref", window_size=30))
+    if q_start is not None:
+        # The keys after the last query might as well not be there.
+        end = q_start + T
+        want = run(q, k[:, :end], v[:, :end], None, impl="ref", window_size=30)
+        assert_same(run(*args, impl="xla", window_size=30)[:1] * 2, want[:1] * 2)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cache_in_pieces():
+    """Prefill in two pieces and then one token, into a cache with empty slots, equals one causal pass."""
+    q, k, v, sinks = make(40)
+    options = {"window_size": 9, "sink_tokens": 2, "impl": "xla"}
+    real = jnp.asarray(np.random.default_rng(3).random((5, 40)) < 0.8, jnp.int32)
+    (want, want_lse), _ = run(q, k, v, sinks, real, **options)
+    for start, end in ((0, 25), (25, 39), (39, 40)):
+        filled = jnp.pad(jnp.where(jnp.arange(40) < end, real, 0), ((0, 0), (0, 8)))
+        cache = (jnp.pad(a, ((0, 0), (0, 8), (0, 0), (0, 0))) for a in (k, v))
+        part = real[:, start:end]
+        (o, lse), _ = run(q[:, start:end], *cache, sinks, part, filled, jnp.asarray(start), **options)
+        assert rms_error(o, want[:, start:end]) < VALUE_TOLERANCE
+        assert rms_error(lse, want_lse[:, :, start:end]) < VALUE_TOLERANCE
+
+
+def test_cross_attention():
+    q, k, v, sinks = make(30, 11)
+    ids, kv_ids = make_ids(30), make_ids(11)
+    got = run(q, k, v, sinks, ids, kv_ids, impl="xla", causal=False)
+    assert_same(got, run(q, k, v, sinks, ids, kv_ids, impl="ref", causal=False))
+
+
+def test_ref_is_a_softmax():
+    q, k, v, sinks = make(9)
+    o, lse = attention(q, k, v, sinks=sinks, window_size=4, sink_tokens=1, impl="ref")
+    for b, t, n in [(0, 0, 0), (1, 8, 3), (4, 5, 1)]:
+        seen = [s for s in range(t + 1) if t - s < 4 or s < 1]
+        scores = np.asarray(k)[b, seen, n // 2] @ np.asarray(q)[b, t, n] / np.sqrt(8)
+        weights = np.exp(scores) / (np.sum(np.exp(scores)) + np.exp(sinks[n]))
+        np.testing.assert_allclose(o[b, t, n], weights @ np.asarray(v)[b, seen, n // 2], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse[b, n, t], np.log(np.sum(np.exp(scores)) + np.exp(sinks[n])), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("sinks", ["no sinks", "sinks"])
+def test_queries_that_see_nothing(sinks):
+    q, k, v, logits = make(20, 33)
+    ids, kv_ids = make_ids(20), jnp.zeros((5, 33), jnp.int32)
+    has_sinks = sinks == "sinks"
+    (o, lse), grads = run(q, k, v, logits if has_sinks else None, ids, kv_ids, impl="xla")
+    sees_sink = np.broadcast_to((np.asarray(ids) > 0)[:, None] & has_sinks, lse.shape)
+    np.testing.assert_array_equal(lse, np.where(sees_sink, np.asarray(logits)[None, :, None], -np.inf))
+    assert np.all(np.asarray(o) == 0)
+    assert all(np.all(np.asarray(g) == 0) for g in grads[:3])
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("row", [0, 3])
+def test_packed_equals_separate(row):
+    q, k, v, sinks = make(67)
+    ids = np.asarray(make_ids(67))[row]
+    options = {"window_size": 6, "sink_tokens": 2, "impl": "xla"}
+    one = lambda *arrays: [jnp.asarray(a)[None] for a in arrays]
+    packed = run(*one(q[row], k[row], v[row]), sinks, *one(ids), **options)[0]
+    assert np.all(np.asarray(packed[0])[0, ids == 0] == 0)
+    documents = np.unique(ids[ids > 0])
+    assert len(documents) > 2
+    for i in documents:
+        own, size = ids == i, int(np.sum(ids == i))
+        # Padded to one length, so that one program serves all documents.
+        alone = [np.pad(np.asarray(a)[row, own], ((0, 67 - size), (0, 0), (0, 0))) for a in (q, k, v)]
+        o, lse = run(*one(*alone), sinks, *one((np.arange(67) < size).astype(np.int32)), **options)[0]
+        assert rms_error(packed[0][0, own], o[0, :size]) < VALUE_TOLERANCE
+        assert rms_error(packed[1][0, :, own], lse[0, :, :size].T) < VALUE_TOLERANCE
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_padding_has_no_gradient():
+    ids = make_ids(67)
+    (o, lse), grads = run(*make(67), ids, impl="xla")
+    for a in (o, *grads[:3]):
+        assert np.all(np.asarray(a)[np.asarray(ids) == 0] == 0)
+    assert np.all(np.asarray(jnp.moveaxis(lse, 1, 2))[np.asarray(ids) == 0] == -np.inf)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_future_does_not_leak():
+    q, k, v, sinks = make(67)
+    past, _ = run(q, k, v, sinks, impl="xla")
+    changed, _ = run(q, k.at[:, 40:].add(1e3), v.at[:, 40:].add(1e3), sinks, impl="xla")
+    np.testing.assert_array_equal(past[0][:, :40], changed[0][:, :40])
+    np.testing.assert_array_equal(past[1][..., :40], changed[1][..., :40])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_large_scores_stay_finite():
+    q, k, v, sinks = make(67)
+    for outputs in run(1e3 * q, 1e3 * k, v, sinks, impl="xla"):
+        assert all(np.all(np.isfinite(a)) for a in outputs)
+
+
+def test_scores_are_never_whole():
+    q, k, v, _ = make(1024, B=1)
+    loss = lambda q, k, v: jnp.sum(attention(q, k, v)[0])
+    stats = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
+    assert stats is not None
+    assert stats.temp_size_in_bytes < 4 * 1024 * 1024 * 4 / 4  # A quarter of the scores of 4 heads.
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_bfloat16():
+    args = [a.astype(jnp.bfloat16) for a in make(67)]
+    ids = make_ids(67)
+    got = run(*args, ids, impl="xla")
+    want = run(*[a.astype(jnp.float32) for a in args], ids, impl="ref")
+    assert [a.dtype for a in jax.tree.leaves(got)] == [jnp.bfloat16, jnp.float32] + [jnp.bfloat16] * 4
+    for g, a in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert rms_error(g, a) < 2e-2  # Probabilities, their gradients and the outputs are rounded to 8 bits.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: attention(q[:, :, :3], k, v), "K . N"),
+        (lambda q, k, v: attention(q, k[:, :2], v[:, :2]), "do not stand among"),
+        (lambda q, k, v: attention(q, k, v, window_size=0), "window_size is 0"),
+        (lambda q, k, v: attention(q, k, v, sink_tokens=2), "set window_size too"),
+        (lambda q, k, v: attention(q, k, v, soft_cap=-1.0), "soft_cap is -1.0"),
+        (lambda q, k, v: attention(q[:, :1], k, v, q_start=4), "q_start is 4"),
+        (lambda q, k, v: attention(q, k, v, kv_segment_ids=jnp.ones((5, 4), jnp.int32)), "without segment_ids"),
+        (lambda q, k, v: attention(q[:, :1], k, v, segment_ids=jnp.ones((5, 1), jnp.int32)), "pass kv_segment_ids"),
+        (lambda q, k, v: attention(q, k, v, impl="triton"), "no implementation 'triton'"),
+    ],
+)
+def test_refuses(change, message):
+    q, k, v, _ = make(4)
+    # Where a type checker is on, it may speak first.
+    with pytest.raises((ValueError, TypeError), match=f"{message}|[Tt]ype-check"):
+        change(q, k, v)
