@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
-from efficient_lm.leaves import Tree, check_same, describe, fingerprints, flatten, is_key, unflatten
+from efficient_lm.leaves import Tree, check_same, describe, fingerprints, flatten, is_key, to_hex, unflatten
 from efficient_lm.seal import DamagedCheckpoint as DamagedCheckpoint
 from efficient_lm.seal import Sealed, Text, check_seals
 
@@ -105,7 +105,7 @@ class Checkpoints:
         items: dict[str, Any] = {
             # orbax refuses arrays without elements; their record says it all.
             "state": {path: x for path, x in arrays.items() if x.size},
-            "leaves": Sealed(Text("leaves.json", json.dumps(_record(leaves, arrays), indent=1))),
+            "leaves": Sealed(Text("leaves.json", _record(leaves, arrays))),
         }
         if data is not None:
             items["data"] = Sealed(data)
@@ -242,19 +242,28 @@ def _steps(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
-def _record(leaves: Mapping[str, jax.Array], arrays: Mapping[str, jax.Array]) -> Record:
-    """Describes leaves and the plain arrays that stand for them on disk: those of a typed key are its data."""
-    prints, descriptions = fingerprints(arrays), describe(leaves)
-    return {
+def _record(leaves: Mapping[str, jax.Array], arrays: Mapping[str, jax.Array]) -> Callable[[], str]:
+    """Describes leaves and the plain arrays that stand for them on disk: those of a typed key are its data.
+
+    The devices begin to read the arrays now, before anyone can donate them; the text is for when they are done.
+    """
+    descriptions, prints = describe(leaves), fingerprints(arrays)
+    record = {
         path: {
             "is": descriptions[path],
             "shape": list(x.shape),
             "dtype": str(x.dtype),
             "key": str(jax.random.key_impl(leaves[path])) if is_key(leaves[path]) else None,
-            "fingerprint": prints[path],
         }
         for path, x in arrays.items()
     }
+
+    def text() -> str:
+        return json.dumps(
+            {path: record[path] | {"fingerprint": value} for path, value in to_hex(prints).items()}, indent=1
+        )
+
+    return text
 
 
 def _read_record(folder: epath.Path) -> Record:
@@ -292,7 +301,7 @@ def _load(folder: epath.Path, record: Record, placement: Mapping[str, Sharding |
     wide = any(x.dtype.itemsize == 8 for x in arrays.values())
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         arrays = {path: jnp.asarray(x) for path, x in arrays.items()}
-        prints = fingerprints(arrays)
+        prints = to_hex(fingerprints(arrays))
     bad = [path for path in arrays if prints[path] != record[path]["fingerprint"]]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

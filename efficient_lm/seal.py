@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ class DamagedCheckpoint(RuntimeError):
 
 
 class Text:
-    """A file, written by the first process."""
+    """A file, written by the first process; `text` is called in the background."""
 
-    def __init__(self, name: str, text: str):
+    def __init__(self, name: str, text: Callable[[], str]):
         self.name, self.text = name, text
 
     async def save(self, directory: Any) -> Awaitable[None]:
         async def write():
             if jax.process_index() == 0:
-                (await directory.await_creation() / self.name).write_text(self.text)
+                (await directory.await_creation() / self.name).write_text(self.text())
 
         return write()
 
