@@ -16,7 +16,7 @@ from efficient_lm.config import TrainConfig
 from efficient_lm.data import Tokenizer
 from efficient_lm.leaves import unflatten
 from efficient_lm.model import LanguageModel
-from efficient_lm.run_folder import load_config
+from efficient_lm.run_folder import read_config
 from efficient_lm.sampling import SamplingConfig, generate
 
 
@@ -41,7 +41,7 @@ def load_run(run_dir: Path, step: int | None = None) -> tuple[LanguageModel, Tok
       FileNotFoundError: it is not the folder of a run, or has no such checkpoint.
       DamagedCheckpoint: the weights are not what was saved.
     """
-    cfg = load_config(run_dir)
+    cfg = read_config(run_dir)
     assert isinstance(cfg, TrainConfig)
     _, leaves = load_weights(run_dir / "checkpoints", step, prefix="model")
     abstract = jax.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))
