@@ -1,4 +1,4 @@
-"""Builds each notebook's .ipynb from its py:percent source, the same bytes each time: python notebooks/build.py [--check]"""
+"""Builds each notebook from its py:percent source, the same bytes each time: python notebooks/build.py [--check]"""
 
 import hashlib
 import json
