@@ -183,14 +183,16 @@ def _batches(texts: Iterable[bytes], num_bytes: int = 1 << 20) -> Iterator[list[
 
 def _show_progress(texts: Iterable[bytes], what: str) -> Iterator[bytes]:
     """Tells a terminal how far it is, if it takes more than a second."""
-    begin, size = time.monotonic(), 0
+    begin = shown = time.monotonic()
+    size = 0
     status = Console(stderr=True).status(what)
     try:
         for text in texts:
             size += len(text)
-            if (seconds := time.monotonic() - begin) > 1:
+            if (now := time.monotonic()) > shown + 1:
                 status.start()
-                status.update(f"{what}: {size / 1e6:.0f} MB, {size / 1e6 / seconds:.1f} MB/s")
+                status.update(f"{what}: {size / 1e6:.0f} MB, {size / 1e6 / (now - begin):.1f} MB/s")
+                shown = now
             yield text
     finally:
         status.stop()

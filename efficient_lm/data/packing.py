@@ -6,8 +6,8 @@ order (B rows), whichever host feeds it, so the batches do not depend on how man
 
 from collections.abc import Callable, Iterator, Sequence
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from jaxtyping import Integer
 
 from efficient_lm.data.batch import Batch
@@ -59,14 +59,11 @@ class PackedRows:
         self._rows = rows
         self._batch_size = batch_size
         self._seq_len = seq_len
-        self._orders = [
-            grain.MapDataset.range(len(corpus)).shuffle(seed=_seed(seed, source)).repeat()
-            for source, corpus in enumerate(corpora)
-        ]
+        self._seed = seed
         # A row enters each source's sequence of documents at random, or all rows would begin with the same source.
         mean_lengths = np.array([corpus.num_targets / len(corpus) for corpus in corpora])
-        self._head_starts = np.array([[_seed(seed, r, s) / 2**32 for s in range(len(corpora))] for r in rows])
-        self._head_starts *= mean_lengths
+        starts = [[_seed(seed, row, source, "head start") / 2**32 for source in range(len(corpora))] for row in rows]
+        self._head_starts = np.array(starts) * mean_lengths
         self._source = np.zeros(len(rows), np.int64)
         self._offset = np.zeros(len(rows), np.int64)
         self._documents = np.zeros((len(rows), len(corpora)), np.int64)
@@ -101,9 +98,12 @@ class PackedRows:
         return document
 
     def _current_document(self, i: int) -> int:
-        source = self._source[i]
+        # A bijection on the documents, another one in each epoch: nothing to keep in memory or in a checkpoint.
+        source = int(self._source[i])
         number = self._rows[i] + (int(self._documents[i, source]) - 1) * self._batch_size
-        return int(self._orders[source][number])
+        epoch, number = divmod(number, len(self._corpora[source]))
+        last = len(self._corpora[source]) - 1
+        return index_shuffle(number, max_index=last, seed=_seed(self._seed, source, epoch), rounds=4)
 
     def get_state(self) -> dict[int, list[int]]:
         """Returns the state of each row, by its number in the global batch."""
@@ -118,9 +118,9 @@ class PackedRows:
         self._current = [self._current_document(i) for i in range(len(self._rows))]
 
 
-def _seed(*numbers: int) -> int:
+def _seed(*what: int | str) -> int:
     """Returns 32 bits that look random: the same on every machine and with every version of NumPy."""
-    return digest(repr(numbers).encode()) % 2**32
+    return digest(repr(what).encode()) % 2**32
 
 
 class ValidationBatches:
