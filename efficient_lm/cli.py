@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tyro
-from rich.table import Table
 
 from efficient_lm.config import TrainConfig
 from efficient_lm.console import console
@@ -19,11 +18,13 @@ from efficient_lm.console import console
 
 def list_configs(folder: Path) -> None:
     """Prints the configurations of a folder, each with the first line of its docstring."""
-    table = Table("configuration", "what it is", title="python train.py CONFIG [--help]", title_justify="left")
-    for path in sorted(folder.glob("*.py")):
+    console.print("python train.py CONFIG [--help]\n")
+    paths = sorted(folder.glob("*.py"))
+    width = max((len(path.name) for path in paths), default=0)
+    for path in paths:
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-        table.add_row(f"{folder.name}/{path.name}", docstring.partition("\n")[0])
-    console.print(table)
+        name = f"{folder.name}/{path.name:<{width}}"
+        console.print(f"  {name}  {docstring.partition(chr(10))[0]}", markup=False)
 
 
 def load_config(file: str, overrides: list[str]) -> TrainConfig:

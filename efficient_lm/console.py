@@ -2,10 +2,13 @@
 
 import jax
 import numpy as np
+from flax import nnx
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from efficient_lm.mixers import Mixer
 from efficient_lm.model import Block, LanguageModel, ModelConfig
 
 console = Console(highlight=False, soft_wrap=True)
@@ -24,27 +27,21 @@ def num_parameters(tree: object) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def state_bytes(cfg: ModelConfig, model: LanguageModel, max_len: int) -> int:
-    """Returns the memory of one sequence's state with room for `max_len` tokens."""
-    state = jax.eval_shape(lambda: model.init_state(1, max_len))
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-
-
 def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
     """Returns a table of the blocks, their parameters and what their states take."""
-    table = Table(title=f"{count(num_parameters(model))} parameters, blocks {cfg.layers}", title_justify="left")
-    for column in ("block", "mixer", "ffn", "blocks", "parameters each", "state bytes", "+ per token"):
-        table.add_column(column, justify="left" if column in ("block", "mixer", "ffn") else "right")
     letters = cfg.layers.split()
+    title = f"{count(num_parameters(model))} parameters in {len(letters)} blocks: {cfg.layers}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("block", "mixer", "ffn"):
+        table.add_column(column, no_wrap=True)
+    # What one sequence's state takes in one such block: at the start, and more with every token.
+    for column in ("number", "parameters", "state bytes", "+ per token"):
+        table.add_column(column, justify="right", no_wrap=True)
     for letter, block_cfg in cfg.blocks.items():
         if letter not in letters:
             continue
-        block = jax.eval_shape(lambda cfg=block_cfg: _build(cfg, model.cfg.d_model))
-        size = lambda max_len, block=block: sum(
-            int(np.prod(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(jax.eval_shape(lambda: block.mixer.init_state(1, max_len, cfg.dtype)))
-        )
-        growth = size(2) - size(1)
+        block = jax.eval_shape(lambda block_cfg=block_cfg: Block(block_cfg, cfg.d_model, rngs=nnx.Rngs(0)))
+        growth = state_bytes(block.mixer, cfg, 2) - state_bytes(block.mixer, cfg, 1)
         ffn = "-" if block_cfg.ffn is None else type(block_cfg.ffn).__name__.removesuffix("Config")
         table.add_row(
             letter,
@@ -52,18 +49,19 @@ def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
             ffn,
             str(letters.count(letter)),
             count(num_parameters(block)),
-            count(size(1) - growth),
+            count(state_bytes(block.mixer, cfg, 0)),
             count(growth),
         )
     head = 0 if model.head is None else num_parameters(model.head)
-    table.add_row("", "embedding and head", "", "", count(num_parameters(model.embedding) + head), "", "")
+    name = "embedding = head" if model.head is None else "embedding, head"
+    table.add_row("", name, "", "", count(num_parameters(model.embedding) + head), "", "")
     return table
 
 
-def _build(cfg, d_model: int) -> Block:
-    from flax import nnx
-
-    return Block(cfg, d_model, rngs=nnx.Rngs(0))
+def state_bytes(mixer: Mixer, cfg: ModelConfig, max_len: int) -> int:
+    """Returns the memory of one sequence's state in one layer, with room for `max_len` tokens."""
+    state = jax.eval_shape(lambda: mixer.init_state(1, max_len, cfg.dtype))
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 class TrainingProgress:

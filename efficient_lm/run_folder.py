@@ -137,8 +137,8 @@ def _check_is_run(path: Path) -> None:
 
 
 def _check_config(path: Path, config: Any) -> None:
-    """Raises ValueError if there is a run that `config` does not continue."""
-    if (path / "config.json").exists():
+    """Raises ValueError if there is a run that `config` does not continue; one without a checkpoint may change."""
+    if (path / "config.json").exists() and any((path / "checkpoints").glob("*")):
         faults = differences(json.loads((path / "config.json").read_text()), config)
         if faults:
             raise ValueError(

@@ -132,6 +132,7 @@ def test_run_goes_on(tmp_path):
 )
 def test_another_configuration_is_refused(tmp_path, changes, said):
     open_run(tmp_path, CONFIG).close()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match=r"Pass --fresh .* or another --run-dir") as caught:
         open_run(tmp_path, dataclasses.replace(CONFIG, **changes))
@@ -142,8 +143,16 @@ def test_another_configuration_is_refused(tmp_path, changes, said):
     open_run(tmp_path, CONFIG).close()  # The refusal let go of the lock.
 
 
+def test_a_run_without_a_checkpoint_may_change(tmp_path):
+    open_run(tmp_path, CONFIG).close()
+    other = dataclasses.replace(CONFIG, name="y")
+    open_run(tmp_path, other).close()
+    assert read_config(tmp_path, packages=HERE) == other
+
+
 def test_a_field_that_is_new_since_may_have_its_default(tmp_path):
     open_run(tmp_path, CONFIG).close()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     plain = json.loads((tmp_path / "config.json").read_text())
     del plain["name"], plain["mixers"]
     (tmp_path / "config.json").write_text(json.dumps(plain))
