@@ -42,7 +42,7 @@ def test_segments():
     segments = chunks.Segments(ids, 4)
     same, reads, writes, through = (
         np.squeeze(np.asarray(x))
-        for x in (segments.same_CB11LL, segments.reads_CB11L1, segments.writes_CB11L1, segments.through_CB1111)
+        for x in (segments.same_CB111LL, segments.reads_CB11L1, segments.writes_CB11L1, segments.through_CB1111)
     )
     np.testing.assert_array_equal(same[0, 0, 3], [False, False, False, True])
     np.testing.assert_array_equal(reads[0], [[True, True, True, False], [True, True, False, False]])
