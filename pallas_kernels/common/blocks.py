@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 # Up to this size inverses are taken row by row, on all blocks at once.
-_BASE = 8
+_BASE = 16
 
 
 def merge(blocks_XMM: jax.Array, below_XMM: jax.Array) -> jax.Array:

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
+def length(num_tokens: int, longest: int) -> int:
+    """Returns the length of chunks: `longest`, or the power of two that holds a shorter sequence."""
+    return min(longest, 1 << (num_tokens - 1).bit_length())
+
+
 def split(x_BTN: jax.Array, num_key_heads: int, length: int, dtype: jnp.dtype) -> jax.Array:
     """Turns `BTN...` into `CBKGL...`, the last chunk filled up with zeros; value heads in groups by key head."""
     B, T, N, *rest = x_BTN.shape
@@ -32,8 +37,8 @@ class Segments:
         ids_CBL = jnp.moveaxis(ids_BT.reshape(B, -1, length), 1, 0)
         after_CB1 = ids_CBL[:, :, -1:]
         before_CB1 = jnp.concatenate([ids_CBL[:1, :, :1], after_CB1[:-1]])
-        # Shaped to stand beside CBKGL..: what is one document with each other token, with the state before, after.
-        self.same_CB11LL = (ids_CBL[..., :, None] == ids_CBL[..., None, :])[:, :, None, None]
+        # Shaped to stand beside CBKGL.. and CBKRGLL: what is one document with each other token, with the state before, after.
+        self.same_CB111LL = (ids_CBL[..., :, None] == ids_CBL[..., None, :])[:, :, None, None, None]
         self.reads_CB11L1 = (ids_CBL == before_CB1)[:, :, None, None, :, None]
         self.writes_CB11L1 = (ids_CBL == after_CB1)[:, :, None, None, :, None]
         self.through_CB1111 = (before_CB1 == after_CB1)[:, :, None, None, :, None]

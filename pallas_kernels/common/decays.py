@@ -3,13 +3,16 @@
 Both classes answer the same questions about a chunk of L tokens whose log-decays are g. With d(j, i] for the decay
 `exp(g[j+1] + ... + g[i])` that token i sees of what token j wrote:
 
-    scores[i, j] = sum_h x[i, h] k[j, h] d(j, i][h]   for j <= i, or j < i, in one document
+    scores[i, j] = sum_h x[i, h] k[j, h] d(j, i][h]   for j <= i in one document
     reads[i]     = d(start, i]                        for tokens in the document of the state before the chunk
     writes[j]    = d(j, end]                          for tokens in the document of the state after the chunk
     keep         = d(start, end]                      where the two states belong to one document
 
 With `before=True` a token reads the state as it was before its own decay and write (RWKV): in scores and reads the
-decay ends at i - 1 instead of i.
+decay ends at i - 1 instead of i, and scores are for j < i.
+
+Logs are cumulated within the chunk and subtracted. So that differences lose nothing where a decay of -30 stands beside
+one of -0.01, each log is cut in a multiple of 1/64, whose sums are exact, and a small rest, whose sums are small.
 
 The gradient of g comes out of four sums. Call `rows[i]` the gradient of the logarithm of all that token i reads,
 `cols[j]` that of all that is read of token j within the chunk, `puts[j]` that of what token j leaves in the state after
@@ -18,8 +21,9 @@ of tokens j >= t, in what the tokens before it leave, and in keep:
 
     dg[t] = sum_{i >= t} rows[i] - sum_{j >= t} cols[j] + sum_{j < t} puts[j] + whole
 
-A token's read of itself (with `before`, of its neighbour) does not decay: where pairs are at hand it is left out of rows
-and cols, in which it would only cancel.
+A token's read of itself does not decay: it is left out of rows and cols, in which it would only cancel.
+
+X is 1 or H. R counts the readers that share keys and decays: x is q, or q and k.
 """
 
 import jax
@@ -32,57 +36,70 @@ from pallas_kernels.common.chunks import Segments
 _MIN_LOG = -128.0
 
 
-def _lower(L: int, diagonal: int) -> jax.Array:
-    """Which pairs have j <= i + diagonal, `111.. L L`."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, L, L), axis) for axis in (4, 5))
+def lower(L: int, diagonal: int = 0) -> jax.Array:
+    """Which pairs have j <= i + diagonal, `111111LL`."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, 1, L, L), axis) for axis in (5, 6))
     return i + diagonal >= j
 
 
+def _sum_over(which_LL: jax.Array, x_CBKGLX: jax.Array) -> jax.Array:
+    """Sums over the tokens j that `which[i, j]` tells, in float32 on every platform."""
+    which_LL = which_LL.reshape(which_LL.shape[-2:]).astype(x_CBKGLX.dtype)
+    if x_CBKGLX.shape[-1] == 1:
+        return jnp.einsum("CBKGS,LS->CBKGL", x_CBKGLX[..., 0], which_LL, precision="highest")[..., None]
+    # Broadcast first: XLA on CPU would otherwise transpose both sides of the product.
+    which_CBKGLS = jnp.broadcast_to(which_LL, (*x_CBKGLX.shape[:-1], which_LL.shape[-1]))
+    return jnp.matmul(which_CBKGLS, x_CBKGLX, precision="highest")
+
+
 def _exp_difference(later: list[jax.Array], earlier: list[jax.Array]) -> jax.Array:
-    """exp of the difference of two cumulative logs, each in a coarse and a fine part; at most 1 however it rounds."""
+    """exp of the difference of two cumulative logs, each in its two parts; at most 1 however it rounds."""
     return jnp.exp(jnp.minimum((later[0] - earlier[0]) + (later[1] - earlier[1]), 0))
 
 
-class HeadDecay:
-    """One decay per head and token. The value heads of one key head share the products of queries and keys.
-
-    Pairs decay by differences of cumulative logs. So that these lose nothing where a decay of -30 stands beside one of
-    -0.01, logs are cut in multiples of 1/64, whose sums and differences are exact, and the small rest.
-    """
-
-    def __init__(self, g_CBKGL: jax.Array, segments: Segments, before: bool = False):
-        self._before, self._same_CB11LL, self._L = before, segments.same_CB11LL, g_CBKGL.shape[-1]
-        g_CBKGL = jnp.maximum(g_CBKGL, _MIN_LOG)
-        coarse_CBKGL = jnp.ceil(g_CBKGL * 64) / 64
-        parts = coarse_CBKGL, g_CBKGL - coarse_CBKGL
-        self._cols = [self._sum(part_CBKGL, _lower(self._L, 0)) for part_CBKGL in parts]
-        self._rows = [self._sum(part_CBKGL, _lower(self._L, -1)) for part_CBKGL in parts] if before else self._cols
-        end = [col_CBKGL[..., -1:] for col_CBKGL in self._cols]
+class _Decay:
+    def __init__(self, g_CBKGLX: jax.Array, segments: Segments, before: bool = False):
+        self._before, self._L = before, g_CBKGLX.shape[-2]
+        g_CBKGLX = jnp.maximum(g_CBKGLX, _MIN_LOG)
+        coarse_CBKGLX = jnp.ceil(g_CBKGLX * 64) / 64
+        parts = coarse_CBKGLX, g_CBKGLX - coarse_CBKGLX
+        self._cols = [_sum_over(lower(self._L), part_CBKGLX) for part_CBKGLX in parts]
+        self._rows = [x - part for x, part in zip(self._cols, parts, strict=True)] if before else self._cols
+        seen_CB111LL = segments.same_CB111LL & lower(self._L, -1 if before else 0)
+        self._seen_CB111LL = seen_CB111LL
+        end = [col_CBKGLX[..., -1:, :] for col_CBKGLX in self._cols]
         start = [jnp.zeros_like(end[0])] * 2
-        self.reads_CBKGLX = jnp.where(segments.reads_CB11L1, _exp_difference(self._rows, start)[..., None], 0)
-        self.writes_CBKGLX = jnp.where(segments.writes_CB11L1, _exp_difference(end, self._cols)[..., None], 0)
-        self.keep_CBKGX1 = jnp.where(segments.through_CB1111, _exp_difference(end, start)[..., None], 0)
+        self.reads_CBKGLX = jnp.where(segments.reads_CB11L1, _exp_difference(self._rows, start), 0)
+        self.writes_CBKGLX = jnp.where(segments.writes_CB11L1, _exp_difference(end, self._cols), 0)
+        self.keep_CBKGX1 = jnp.where(segments.through_CB1111, _exp_difference(end, start).mT, 0)
 
-    @staticmethod
-    def _sum(x_CBKGL: jax.Array, which_LL: jax.Array) -> jax.Array:
-        return jnp.einsum("CBKGS,LS->CBKGL", x_CBKGL, which_LL[0, 0, 0, 0].astype(x_CBKGL.dtype), precision="highest")
+    def gradient(self, rows_CBKGLX, cols_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
+        """Returns the gradient of g from the four sums."""
+        if self._before:
+            rows_CBKGLX = jnp.pad(rows_CBKGLX[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
+        later_CBKGLX = _sum_over(lower(self._L).mT, rows_CBKGLX - cols_CBKGLX)
+        return later_CBKGLX + _sum_over(lower(self._L, -1), puts_CBKGLX) + whole_CBKGX[..., None, :]
 
-    def _pairs(self, diagonal: int) -> jax.Array:
-        d_CBKGLS = _exp_difference([x[..., :, None] for x in self._rows], [x[..., None, :] for x in self._cols])
-        return jnp.where(self._same_CB11LL & _lower(self._L, diagonal), d_CBKGLS, 0)
 
-    def scores(self, x_CBKLH: jax.Array, k_CBKLH: jax.Array, diagonal: int) -> jax.Array:
-        """Returns `CBKGLS`, zero but for pairs j <= i + diagonal of one document."""
-        return jnp.einsum("CBKLH,CBKSH->CBKLS", x_CBKLH, k_CBKLH)[:, :, :, None] * self._pairs(diagonal)
+class HeadDecay(_Decay):
+    """One decay per head and token. The value heads of one key head share the products of queries and keys."""
 
-    def scores_backward(self, d_CBKGLS, scores_CBKGLS, x_CBKLH, k_CBKLH, diagonal: int):
-        """Returns the gradients of x and k, rows and cols, given that of the scores and the scores themselves."""
-        dproduct_CBKLS = jnp.sum(d_CBKGLS * self._pairs(diagonal), axis=3)
-        decayed_LL = _lower(self._L, -2 if self._before else -1)
-        dlog_CBKGLS = jnp.where(decayed_LL, d_CBKGLS * scores_CBKGLS, 0)
+    def _pairs(self) -> jax.Array:
+        d_CBKGLS = _exp_difference(self._rows, [col_CBKGL1.mT for col_CBKGL1 in self._cols])
+        return jnp.where(self._seen_CB111LL, d_CBKGLS[:, :, :, None], 0)
+
+    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array) -> jax.Array:
+        """Returns `CBKRGLS`, zero but for the pairs that see each other."""
+        return jnp.einsum("CBKRLH,CBKSH->CBKRLS", x_CBKRLH, k_CBKLH)[:, :, :, :, None] * self._pairs()
+
+    def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):
+        """Returns the gradients of x and k, rows and cols, given that of the scores, and the scores themselves."""
+        dproduct_CBKRLS = jnp.sum(d_CBKRGLS * self._pairs(), axis=4)
+        decayed_LL = lower(self._L, -2 if self._before else -1)
+        dlog_CBKGLS = jnp.sum(jnp.where(decayed_LL, d_CBKRGLS * scores_CBKRGLS, 0), axis=3)
         return (
-            jnp.einsum("CBKLS,CBKSH->CBKLH", dproduct_CBKLS, k_CBKLH),
-            jnp.einsum("CBKLS,CBKLH->CBKSH", dproduct_CBKLS, x_CBKLH),
+            jnp.einsum("CBKRLS,CBKSH->CBKRLH", dproduct_CBKRLS, k_CBKLH),
+            jnp.einsum("CBKRLS,CBKRLH->CBKSH", dproduct_CBKRLS, x_CBKRLH),
             jnp.sum(dlog_CBKGLS, axis=-1)[..., None],
             jnp.sum(dlog_CBKGLS, axis=-2)[..., None],
         )
@@ -102,80 +119,66 @@ class HeadDecay:
         """Sums over what shares one log-decay."""
         return jnp.sum(x_CBKGLH, axis=-1, keepdims=True)
 
-    def gradient(self, rows_CBKGLX, cols_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
-        """Returns the gradient of g, `CBKGL`."""
-        later_LL = _lower(self._L, 0).mT
-        return (
-            self._sum(rows_CBKGLX[..., 0], _lower(self._L, -1).mT if self._before else later_LL)
-            - self._sum(cols_CBKGLX[..., 0], later_LL)
-            + self._sum(puts_CBKGLX[..., 0], _lower(self._L, -1))
-            + whole_CBKGX
-        )
 
-
-class ChannelDecay:
+class ChannelDecay(_Decay):
     """One decay per key channel and token.
 
-    Over a whole chunk exp(G_i - G_j) does not factor in two numbers that are both at most 1. It does for every i beyond
-    a border and every j before it: d(j, i] = d(j, border] d(border, i]. So the pairs of a chunk are taken by block
-    doubling: blocks of m tokens in pairs, the border between the two, one matmul of m x H by H x m for each pair. Each
-    pair of tokens meets at exactly one m = 1, 2, 4 .. L / 2. The factors of blocks of 2m are those of blocks of m times
-    the decay of the other half: products of numbers in [0, 1], which neither overflow nor cancel. Borders lie in the
-    past of the row that is read: later tokens change no bit of it.
+    Over a whole chunk d(j, i] does not factor in two numbers that are both at most 1. It does for every i beyond a
+    border and every j before it: d(j, i] = d(j, border] d(border, i]. So pairs are taken by block doubling: blocks of m
+    tokens, two by two, the border between them, one matmul (m x H by H x m) for each two. Every pair of tokens meets at
+    exactly one m = 1, 2, 4 .. L / 2. A border lies in the past of the row that is read: later tokens change no bit of it.
     """
 
-    def __init__(self, g_CBKGLH: jax.Array, segments: Segments, before: bool = False):
-        self._before, self._same_CB11LL = before, segments.same_CB11LL
-        *lead, L, H = g_CBKGLH.shape
-        decays = jnp.exp(jnp.maximum(g_CBKGLH, _MIN_LOG))
-        # Of each block of m tokens: the decays from its start to each token, from each token to its end, and throughout.
-        heads, tails, whole = (jnp.ones_like(decays) if before else decays), jnp.ones_like(decays), decays
-        self._levels = []
-        m = 1
-        while m < L:
-            pairs = (*lead, L // (2 * m), 2, m, H)
-            heads, tails = heads.reshape(pairs), tails.reshape(pairs)
-            self._levels.append((heads[..., 1, :, :], tails[..., 0, :, :]))
-            whole = whole.reshape(*lead, L // (2 * m), 2, 1, H)
-            first, second = whole[..., 0, :, :], whole[..., 1, :, :]
-            heads = jnp.concatenate([heads[..., 0, :, :], heads[..., 1, :, :] * first], axis=-2)
-            tails = jnp.concatenate([tails[..., 0, :, :] * second, tails[..., 1, :, :]], axis=-2)
-            whole, m = first * second, 2 * m
-            heads, tails, whole = jax.lax.optimization_barrier((heads, tails, whole))
-        heads, tails = heads.reshape(g_CBKGLH.shape), tails.reshape(g_CBKGLH.shape)
-        self.reads_CBKGLX = jnp.where(segments.reads_CB11L1, heads, 0)
-        self.writes_CBKGLX = jnp.where(segments.writes_CB11L1, tails, 0)
-        self.keep_CBKGX1 = jnp.where(segments.through_CB1111, whole.reshape(*lead, H, 1), 0)
+    def _factors(self, m: int) -> tuple[jax.Array, jax.Array]:
+        """Returns d(border, i] of each second block and d(j, border] of each first block of m tokens."""
+        shape = (*self._cols[0].shape[:-2], self._L // (2 * m), 2, m, self._cols[0].shape[-1])
+        cols, rows = [x.reshape(shape) for x in self._cols], [x.reshape(shape) for x in self._rows]
+        border = [x_CBKGnmH[..., 0, -1:, :] for x_CBKGnmH in cols]
+        return (
+            _exp_difference([x[..., 1, :, :] for x in rows], border),
+            _exp_difference(border, [x[..., 0, :, :] for x in cols]),
+        )
 
-    def scores(self, x_CBKLH: jax.Array, k_CBKLH: jax.Array, diagonal: int) -> jax.Array:
-        """Returns `CBKGLS`, zero but for pairs j <= i + diagonal of one document."""
-        *lead, L, _ = jnp.broadcast_shapes(x_CBKLH[:, :, :, None].shape, self.reads_CBKGLX.shape)
-        own_CBKL = jnp.sum(x_CBKLH * k_CBKLH, axis=-1) if diagonal == 0 else jnp.zeros_like(x_CBKLH[..., 0])
-        scores = jnp.broadcast_to(own_CBKL[:, :, :, None], (*lead, L))[..., None, None]
-        for heads, tails in self._levels:
-            x, k = _second(x_CBKLH, heads) * heads, _first(k_CBKLH, tails) * tails
-            scores = blocks.merge(scores, jnp.einsum("...MH,...OH->...MO", x, k))
-        return jnp.where(self._same_CB11LL, scores[..., 0, :, :], 0)
+    def _level(self, m: int, x_CBKRLH: jax.Array, k_CBKLH: jax.Array):
+        """Returns the rows of each second and the keys of each first block of m, decayed from and to the border."""
+        heads, tails = self._factors(m)
+        C, B, K, R, L, H = x_CBKRLH.shape
+        x = x_CBKRLH.reshape(C, B, K, R, 1, L // (2 * m), 2, m, H)[..., 1, :, :] * heads[:, :, :, None]
+        k = k_CBKLH.reshape(C, B, K, 1, L // (2 * m), 2, m, H)[..., 0, :, :] * tails
+        return x, k, heads, tails
 
-    def scores_backward(self, d_CBKGLS, scores_CBKGLS, x_CBKLH, k_CBKLH, diagonal: int):
+    def _sizes(self) -> list[int]:
+        return [1 << level for level in range(self._L.bit_length() - 1)]
+
+    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array) -> jax.Array:
+        """Returns `CBKRGLS`, zero but for the pairs that see each other."""
+        own_CBKRL = jnp.sum(x_CBKRLH * k_CBKLH[:, :, :, None], axis=-1)
+        C, B, K, R, L = own_CBKRL.shape
+        scores = jnp.broadcast_to(own_CBKRL[:, :, :, :, None], (C, B, K, R, self._cols[0].shape[3], L))[..., None, None]
+        for m in self._sizes():
+            x, k, _, _ = self._level(m, x_CBKRLH, k_CBKLH)
+            scores = blocks.merge(scores, jnp.einsum("CBKRGnLH,CBKGnSH->CBKRGnLS", x, k))
+        return jnp.where(self._seen_CB111LL, scores[..., 0, :, :], 0)
+
+    def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):
         """Returns the gradients of x and k, rows and cols, given that of the scores."""
-        del scores_CBKGLS  # the sums of rows and cols need the channels apart
-        dblocks = jnp.where(self._same_CB11LL, d_CBKGLS, 0)[..., None, :, :]
-        dx_CBKGLH, dk_CBKGLH = jnp.zeros_like(self.reads_CBKGLX), jnp.zeros_like(self.reads_CBKGLX)
-        shape = dx_CBKGLH.shape
-        for heads, tails in reversed(self._levels):
-            dblocks, dbelow = blocks.part(dblocks)
-            x, k = _second(x_CBKLH, heads) * heads, _first(k_CBKLH, tails) * tails
-            dx = jnp.einsum("...MO,...OH->...MH", dbelow, k) * heads
-            dk = jnp.einsum("...MO,...MH->...OH", dbelow, x) * tails
-            dx_CBKGLH += jnp.stack([jnp.zeros_like(dx), dx], axis=-3).reshape(shape)
-            dk_CBKGLH += jnp.stack([dk, jnp.zeros_like(dk)], axis=-3).reshape(shape)
-        rows, cols = x_CBKLH[:, :, :, None] * dx_CBKGLH, k_CBKLH[:, :, :, None] * dk_CBKGLH
-        dx_CBKLH, dk_CBKLH = jnp.sum(dx_CBKGLH, axis=3), jnp.sum(dk_CBKGLH, axis=3)
-        if diagonal == 0:
-            down_CBKL1 = jnp.sum(dblocks[..., 0, 0], axis=3)[..., None]
-            dx_CBKLH, dk_CBKLH = dx_CBKLH + down_CBKL1 * k_CBKLH, dk_CBKLH + down_CBKL1 * x_CBKLH
-        return dx_CBKLH, dk_CBKLH, rows, cols
+        del scores_CBKRGLS  # rows and cols need the channels apart
+        d = jnp.where(self._seen_CB111LL, d_CBKRGLS, 0)[..., None, :, :]
+        *lead, R, G, _, L, _ = d.shape
+        dx_CBKRGLH, dk_CBKGLH = 0, 0
+        for m in reversed(self._sizes()):
+            d, below = blocks.part(d)
+            x, k, heads, tails = self._level(m, x_CBKRLH, k_CBKLH)
+            dx = jnp.einsum("CBKRGnLS,CBKGnSH->CBKRGnLH", below, k) * heads[:, :, :, None]
+            dk = jnp.einsum("CBKRGnLS,CBKRGnLH->CBKGnSH", below, x) * tails
+            dx_CBKRGLH += jnp.stack([jnp.zeros_like(dx), dx], axis=-3).reshape(*lead, R, G, L, -1)
+            dk_CBKGLH += jnp.stack([dk, jnp.zeros_like(dk)], axis=-3).reshape(*lead, G, L, -1)
+        rows_CBKGLH = jnp.sum(x_CBKRLH[:, :, :, :, None] * dx_CBKRGLH, axis=3)
+        cols_CBKGLH = k_CBKLH[:, :, :, None] * dk_CBKGLH
+        own_CBKRL1 = jnp.sum(d[..., 0], axis=4)
+        dx_CBKRLH = jnp.sum(dx_CBKRGLH, axis=4) + own_CBKRL1 * k_CBKLH[:, :, :, None]
+        dk_CBKLH = jnp.sum(dk_CBKGLH, axis=3) + jnp.sum(own_CBKRL1 * x_CBKRLH, axis=3)
+        return dx_CBKRLH, dk_CBKLH, rows_CBKGLH, cols_CBKGLH
 
     @staticmethod
     def apply(x_CBKLH: jax.Array, factors_CBKGLX: jax.Array, S_CBKGHP: jax.Array) -> jax.Array:
@@ -191,31 +194,3 @@ class ChannelDecay:
     def log_sum(x_CBKGLH: jax.Array) -> jax.Array:
         """Sums over what shares one log-decay: nothing."""
         return x_CBKGLH
-
-    def gradient(self, rows_CBKGLX, cols_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
-        """Returns the gradient of g, `CBKGLH`."""
-        L = rows_CBKGLX.shape[-2]
-        if self._before:  # what token i reads decays up to i - 1
-            rows_CBKGLX = jnp.pad(rows_CBKGLX[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
-        later_CBKGLX = _matmul_each(_lower(L, 0).mT, rows_CBKGLX - cols_CBKGLX)
-        return later_CBKGLX + _matmul_each(_lower(L, -1), puts_CBKGLX) + whole_CBKGX[..., None, :]
-
-
-def _matmul_each(which_LL: jax.Array, x_CBKGLX: jax.Array) -> jax.Array:
-    # Broadcast first: XLA on CPU would otherwise transpose both sides of the product.
-    which_CBKGLL = jnp.broadcast_to(which_LL.astype(x_CBKGLX.dtype), (*x_CBKGLX.shape[:-1], which_LL.shape[-1]))
-    return jnp.matmul(which_CBKGLL, x_CBKGLX, precision="highest")
-
-
-def _halves(x_CBKLH: jax.Array, factors: jax.Array) -> jax.Array:
-    """Cuts x in pairs of blocks as long as the factors' blocks."""
-    *_, n, m, H = factors.shape
-    return x_CBKLH.reshape(*x_CBKLH.shape[:3], 1, n, 2, m, H)
-
-
-def _first(x_CBKLH: jax.Array, factors: jax.Array) -> jax.Array:
-    return _halves(x_CBKLH, factors)[..., 0, :, :]
-
-
-def _second(x_CBKLH: jax.Array, factors: jax.Array) -> jax.Array:
-    return _halves(x_CBKLH, factors)[..., 1, :, :]

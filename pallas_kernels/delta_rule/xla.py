@@ -23,19 +23,26 @@ Residuals are the inputs, the state before each chunk of `CHUNK` tokens, `states
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import blocks, chunks
+from pallas_kernels.common import blocks, chunks, decays
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 
 CHUNK = 64
 
 
 def _chunked(q, k, v, beta, g, segment_ids, scale):
-    K, dtype = k.shape[2], jnp.promote_types(v.dtype, jnp.float32)
-    q_CBKLH = chunks.split(q, K, CHUNK, dtype)[:, :, :, 0] * scale
-    k_CBKLH = chunks.split(k, K, CHUNK, dtype)[:, :, :, 0]
-    v_CBKGLP, beta_CBKGL, g_CBKGL = (chunks.split(x, K, CHUNK, dtype) for x in (v, beta, g))
-    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGL, chunks.Segments(segment_ids, CHUNK))
-    return q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL[..., None], decay
+    K, L, dtype = k.shape[2], chunks.length(v.shape[1], CHUNK), jnp.promote_types(v.dtype, jnp.float32)
+    q_CBKLH = chunks.split(q, K, L, dtype)[:, :, :, 0] * scale
+    k_CBKLH = chunks.split(k, K, L, dtype)[:, :, :, 0]
+    v_CBKGLP, beta_CBKGL1 = (chunks.split(x, K, L, dtype) for x in (v, beta[..., None]))
+    g_CBKGLX = chunks.split(g[..., None] if g.ndim == 3 else g, K, L, dtype)
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGLX, chunks.Segments(segment_ids, L))
+    return jnp.stack([q_CBKLH, k_CBKLH], axis=3), k_CBKLH, v_CBKGLP, beta_CBKGL1, decay
+
+
+def _scores(qk_CBKRLH, k_CBKLH, decay):
+    scores_CBKRGLS = decay.scores(qk_CBKRLH, k_CBKLH)
+    earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
+    return scores_CBKRGLS, scores_CBKRGLS[:, :, :, 0], jnp.where(earlier_CBKGLL, scores_CBKRGLS[:, :, :, 1], 0)
 
 
 def forward(scale, q, k, v, beta, g, state, segment_ids):
@@ -44,10 +51,12 @@ def forward(scale, q, k, v, beta, g, state, segment_ids):
     g is BTN or BTNH; segment_ids never decrease along a row and padding, having beta = 0 and g = 0, is part of a
     document.
     """
-    q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
+    qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
+    q_CBKLH = qk_CBKRLH[:, :, :, 0]
     k_CBKGLH = k_CBKLH[:, :, :, None]
     # 1. What each token writes, save for what depends on the state before its chunk.
-    inverse_CBKGLL = blocks.inverse(beta_CBKGL1 * decay.scores(k_CBKLH, k_CBKLH, -1))
+    _, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
+    inverse_CBKGLL = blocks.inverse(beta_CBKGL1 * kk_CBKGLS)
     own_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * v_CBKGLP)
     w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
     put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
@@ -65,7 +74,7 @@ def forward(scale, q, k, v, beta, g, state, segment_ids):
         step, state_BKGHP, (own_CBKGLP, w_CBKGLH, put_CBKGLH, decay.keep_CBKGX1)
     )
     # 3. Within the chunk, and from the chunks before.
-    o_CBKGLP = jnp.matmul(decay.scores(q_CBKLH, k_CBKLH, 0), u_CBKGLP)
+    o_CBKGLP = jnp.matmul(qk_CBKGLS, u_CBKGLP)
     o_CBKGLP += decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
     outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
     return outputs, (q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL)
@@ -75,12 +84,12 @@ def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, beta, g and state."""
     q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
     do, dlast = cotangents
-    q_CBKLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
-    do_CBKGLP = chunks.split(do, k.shape[2], CHUNK, v_CBKGLP.dtype)
+    qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
+    q_CBKLH = qk_CBKRLH[:, :, :, 0]
+    do_CBKGLP = chunks.split(do, k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     k_CBKGLH, q_CBKGLH = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None]
     # 1. What the forward pass knew.
-    kk_CBKGLS = decay.scores(k_CBKLH, k_CBKLH, -1)
-    qk_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, 0)
+    scores_CBKRGLS, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
     w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
     put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
     delta_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
@@ -104,30 +113,29 @@ def backward(scale, residuals, cotangents):
     # 3. Through the triangular system.
     dx_CBKGLP = jnp.matmul(inverse_CBKGLL.mT, du_CBKGLP)
     dv_CBKGLP = beta_CBKGL1 * dx_CBKGLP
-    dsystem_CBKGLS = -jnp.matmul(dx_CBKGLP, u_CBKGLP.mT)
+    earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
+    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.matmul(dx_CBKGLP, u_CBKGLP.mT), 0)
     dbeta_CBKGL = jnp.sum(dx_CBKGLP * delta_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-1)
     # 4. Within the chunk.
-    dqk_CBKGLS = jnp.matmul(do_CBKGLP, u_CBKGLP.mT)
-    dq_CBKLH, dk_CBKLH, rows, cols = decay.scores_backward(dqk_CBKGLS, qk_CBKGLS, q_CBKLH, k_CBKLH, 0)
-    dkk_CBKGLS = beta_CBKGL1 * dsystem_CBKGLS
-    from_rows, from_cols, more_rows, more_cols = decay.scores_backward(dkk_CBKGLS, kk_CBKGLS, k_CBKLH, k_CBKLH, -1)
+    dscores_CBKRGLS = jnp.stack([jnp.matmul(do_CBKGLP, u_CBKGLP.mT), beta_CBKGL1 * dsystem_CBKGLS], axis=3)
+    dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.
     dread_q_CBKGLH = decay.reads_CBKGLX * jnp.matmul(do_CBKGLP, states_CBKGHP.mT)
     dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.matmul(dv_CBKGLP, states_CBKGHP.mT)
     dput_CBKGLH = decay.writes_CBKGLX * jnp.matmul(u_CBKGLP, dstates_CBKGHP.mT)
-    dq_CBKLH += jnp.sum(dread_q_CBKGLH, axis=3)
-    dk_CBKLH += from_rows + from_cols + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
+    dq_CBKLH = dqk_CBKRLH[:, :, :, 0] + jnp.sum(dread_q_CBKGLH, axis=3)
+    dk_CBKLH += dqk_CBKRLH[:, :, :, 1] + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
     # 6. The decays.
-    rows += more_rows + decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
+    rows += decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
     puts = decay.log_sum(k_CBKGLH * dput_CBKGLH)
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGL = decay.gradient(rows, cols + more_cols, puts, whole)
+    dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
     T = v.shape[1]
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
         chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
         chunks.join(dv_CBKGLP, T, v.dtype),
         chunks.join(dbeta_CBKGL, T, beta.dtype),
-        chunks.join(dg_CBKGL, T, g.dtype),
+        chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape),
         dstate_BKGHP.reshape(dlast.shape),
     )

@@ -26,11 +26,11 @@ CHUNK = 64
 
 
 def _chunked(q, k, v, g, segment_ids, scale, before):
-    K, dtype = k.shape[2], jnp.promote_types(v.dtype, jnp.float32)
-    q_CBKLH = chunks.split(q, K, CHUNK, dtype)[:, :, :, 0] * scale
-    k_CBKLH = chunks.split(k, K, CHUNK, dtype)[:, :, :, 0]
-    v_CBKGLP, g_CBKGL = (chunks.split(x, K, CHUNK, dtype) for x in (v, g))
-    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGL, chunks.Segments(segment_ids, CHUNK), before)
+    K, L, dtype = k.shape[2], chunks.length(v.shape[1], CHUNK), jnp.promote_types(v.dtype, jnp.float32)
+    q_CBKLH = chunks.split(q, K, L, dtype)[:, :, :, 0] * scale
+    k_CBKLH = chunks.split(k, K, L, dtype)[:, :, :, 0]
+    v_CBKGLP, g_CBKGLX = (chunks.split(x, K, L, dtype) for x in (v, g[..., None] if g.ndim == 3 else g))
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGLX, chunks.Segments(segment_ids, L), before)
     return q_CBKLH, k_CBKLH, v_CBKGLP, decay
 
 
@@ -46,7 +46,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         decay.keep_CBKGX1, writes_CBKGHP, state.reshape(writes_CBKGHP.shape[1:])
     )
     # 2. Within the chunk, and from the chunks before.
-    scores_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, -1 if before else 0)
+    scores_CBKGLS = decay.scores(q_CBKLH[:, :, :, None], k_CBKLH)[:, :, :, 0]
     o_CBKGLP = jnp.matmul(scores_CBKGLS, v_CBKGLP) + decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
     outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
     return outputs, (q, k, v, g, segment_ids, states_CBKGHP)
@@ -57,34 +57,34 @@ def backward(scale, before, residuals, cotangents):
     q, k, v, g, segment_ids, states_CBKGHP = residuals
     do, dlast = cotangents
     q_CBKLH, k_CBKLH, v_CBKGLP, decay = _chunked(q, k, v, g, segment_ids, scale, before)
-    do_CBKGLP = chunks.split(do, k.shape[2], CHUNK, v_CBKGLP.dtype)
+    do_CBKGLP = chunks.split(do, k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     # 1. The gradient of the state after each chunk, from the last to the first.
     dwrites_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
     dstates_CBKGHP, dstate_BKGHP = chunks.scan_states(
         decay.keep_CBKGX1, dwrites_CBKGHP, dlast.reshape(dwrites_CBKGHP.shape[1:]), reverse=True
     )
     # 2. Within the chunk.
-    diagonal = -1 if before else 0
-    scores_CBKGLS = decay.scores(q_CBKLH, k_CBKLH, diagonal)
-    dscores_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, v_CBKGLP)
-    dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", scores_CBKGLS, do_CBKGLP)
-    dq_CBKLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKGLS, scores_CBKGLS, q_CBKLH, k_CBKLH, diagonal)
+    q_CBKRLH = q_CBKLH[:, :, :, None]
+    scores_CBKRGLS = decay.scores(q_CBKRLH, k_CBKLH)
+    dscores_CBKRGLS = jnp.matmul(do_CBKGLP, v_CBKGLP.mT)[:, :, :, None]
+    dv_CBKGLP = jnp.matmul(scores_CBKRGLS[:, :, :, 0].mT, do_CBKGLP)
+    dq_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, q_CBKRLH, k_CBKLH)
     # 3. Through the states at the chunk's borders.
-    dread_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
-    dput_CBKGLH = decay.writes_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", v_CBKGLP, dstates_CBKGHP)
+    dread_CBKGLH = decay.reads_CBKGLX * jnp.matmul(do_CBKGLP, states_CBKGHP.mT)
+    dput_CBKGLH = decay.writes_CBKGLX * jnp.matmul(v_CBKGLP, dstates_CBKGHP.mT)
     dv_CBKGLP += decay.apply(k_CBKLH, decay.writes_CBKGLX, dstates_CBKGHP)
-    dq_CBKLH += jnp.sum(dread_CBKGLH, axis=3)
+    dq_CBKLH = dq_CBKRLH[:, :, :, 0] + jnp.sum(dread_CBKGLH, axis=3)
     dk_CBKLH += jnp.sum(dput_CBKGLH, axis=3)
     # 4. The decays.
     rows += decay.log_sum(q_CBKLH[:, :, :, None] * dread_CBKGLH)
     puts = decay.log_sum(k_CBKLH[:, :, :, None] * dput_CBKGLH)
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGL = decay.gradient(rows, cols, puts, whole)
+    dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
     T = v.shape[1]
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
         chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
         chunks.join(dv_CBKGLP, T, v.dtype),
-        chunks.join(dg_CBKGL, T, g.dtype),
+        chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape),
         dstate_BKGHP.reshape(dlast.shape),
     )

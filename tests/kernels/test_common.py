@@ -30,11 +30,11 @@ def test_merge_and_part():
 
 def test_split_and_join():
     x_BTNH = jnp.arange(2 * 7 * 6 * 3.0).reshape(2, 7, 6, 3)
-    x_CBKGLH = chunks.split(x_BTNH, 2, 4, jnp.float32)
+    x_CBKGLH = chunks.split(x_BTNH, 2, 4, jnp.dtype("float32"))
     assert x_CBKGLH.shape == (2, 2, 2, 3, 4, 3)
     np.testing.assert_array_equal(x_CBKGLH[1, 0, 1, 2, 0], x_BTNH[0, 4, 5])
     assert not np.any(x_CBKGLH[1, ..., 3, :])
-    np.testing.assert_array_equal(chunks.join(x_CBKGLH, 7, jnp.float32), x_BTNH)
+    np.testing.assert_array_equal(chunks.join(x_CBKGLH, 7, jnp.dtype("float32")), x_BTNH)
 
 
 def test_segments():
@@ -42,7 +42,7 @@ def test_segments():
     segments = chunks.Segments(ids, 4)
     same, reads, writes, through = (
         np.squeeze(np.asarray(x))
-        for x in (segments.same_CB11LL, segments.reads_CB11L1, segments.writes_CB11L1, segments.through_CB1111)
+        for x in (segments.same_CB111LL, segments.reads_CB11L1, segments.writes_CB11L1, segments.through_CB1111)
     )
     np.testing.assert_array_equal(same[0, 0, 3], [False, False, False, True])
     np.testing.assert_array_equal(reads[0], [[True, True, True, False], [True, True, False, False]])
