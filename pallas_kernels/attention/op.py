@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import ref, xla
+from pallas_kernels.attention import ref, tpu, xla
 from pallas_kernels.attention.masks import Options
 from pallas_kernels.common.dispatch import check_impl, dispatch
 
@@ -26,7 +26,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     q_start: int | Int[Array, ""] | None = None,
-    impl: Literal["ref", "xla"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
     """Returns the outputs and the log of each softmax's denominator (float32).
 
@@ -47,7 +47,7 @@ def attention(
     Raises:
       ValueError: an unknown `impl`, shapes that do not fit, or options that mean nothing together.
     """
-    check_impl("attention", impl, ("ref", "xla"))
+    check_impl("attention", impl, ("ref", "xla", "tpu"))
     _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids)
     B, T, _, H = q.shape
     S = k.shape[1]
@@ -62,6 +62,7 @@ def attention(
         raise ValueError(f"{T} queries do not stand among {S} keys; use causal=False and no window_size")
     if uses_positions and isinstance(q_start, int) and not 0 <= q_start <= S - T:
         raise ValueError(f"q_start is {q_start}; with {T} queries and {S} keys it is in 0..{S - T}")
+    is_self_attention = T == S and q_start is None and kv_segment_ids is None
     if segment_ids is None:
         segment_ids, kv_segment_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     elif kv_segment_ids is None:
@@ -72,6 +73,11 @@ def attention(
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
     options = Options(causal, window_size, sink_tokens, soft_cap, H**-0.5 if scale is None else scale)
     args = q, k, v, sinks, segment_ids, kv_segment_ids, start
+    reason = tpu.unsupported(options, q, v, is_self_attention)
+    if impl == "tpu" and reason is not None:
+        raise ValueError(f"impl 'tpu' does not support {reason}; use impl=None")
+    if impl is None and reason is not None:
+        impl = "xla"
     if impl == "ref" or T == 0:
         return ref.attention(options, *args)
     return _attention(impl, options, *args)
@@ -83,11 +89,15 @@ def _attention(impl, options, *args):
 
 
 def _forward(impl, options, *args):
-    return dispatch(impl, {"xla": functools.partial(xla.forward, options)}, *args)
+    return dispatch(impl, _bind(options, xla=xla.forward, tpu=tpu.forward), *args)
 
 
 def _backward(impl, options, *args):
-    return *dispatch(impl, {"xla": functools.partial(xla.backward, options)}, *args), None, None, None
+    return *dispatch(impl, _bind(options, xla=xla.backward, tpu=tpu.backward), *args), None, None, None
+
+
+def _bind(options, **implementations):
+    return {name: functools.partial(fn, options) for name, fn in implementations.items()}
 
 
 _attention.defvjp(_forward, _backward)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.holes import hole_moves
+
 
 def forward(activation, x, w, bias, state, segment_ids):
     """Returns `(y, state)` and the residuals, which are the inputs."""
-    close, reopen = _hole_moves(segment_ids)
+    close, reopen = hole_moves(segment_ids)
     y, new_state = _forward_packed(activation, close(x), w, bias, state, close(segment_ids))
     return (reopen(y), new_state), (x, w, bias, state, segment_ids)
 
@@ -15,23 +17,9 @@ def backward(activation, residuals, cotangents):
     """Returns the gradients of x, w, bias and state."""
     x, w, bias, state, segment_ids = residuals
     dy, dstate = cotangents
-    close, reopen = _hole_moves(segment_ids)
+    close, reopen = hole_moves(segment_ids)
     dx, *rest = _backward_packed(activation, close(x), w, bias, state, close(segment_ids), close(dy), dstate)
     return reopen(dx), *rest
-
-
-def _hole_moves(ids_BT):
-    """Returns two functions: one moves the padding of each row to its end, the other moves it back.
-
-    With padding at the end taps are plain shifts. It almost always is there already, and then both do nothing.
-    """
-    if ids_BT is None or ids_BT.shape[1] < 2:
-        return lambda a: a, lambda a: a
-    has_holes = jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
-    order_BT = lambda: jnp.argsort(ids_BT == 0, axis=1, stable=True)
-    close = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, order_BT()), lambda a: a, a)
-    reopen = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
-    return close, reopen
 
 
 def _take(a, index_BT):

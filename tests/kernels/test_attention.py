@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import tpu, xla
 
 # float32 sums of 200 exponentials and products, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 5e-6, 2e-5
@@ -240,6 +240,8 @@ def test_bfloat16():
         (lambda q, k, v: attention(q, k, v, kv_segment_ids=jnp.ones((5, 4), jnp.int32)), "without segment_ids"),
         (lambda q, k, v: attention(q[:, :1], k, v, segment_ids=jnp.ones((5, 1), jnp.int32)), "pass kv_segment_ids"),
         (lambda q, k, v: attention(q, k, v, impl="triton"), "no implementation 'triton'"),
+        (lambda q, k, v: attention(q, k, v, impl="tpu"), "fewer than 128 tokens"),
+        (lambda q, k, v: attention(q, k, v, window_size=3, sink_tokens=1, impl="tpu"), "does not support sink_tokens"),
     ],
 )
 def test_refuses(change, message):
@@ -247,3 +249,12 @@ def test_refuses(change, message):
     # Where a type checker is on, it may speak first.
     with pytest.raises((ValueError, TypeError), match=f"{message}|[Tt]ype-check"):
         change(q, k, v)
+
+
+def test_tpu_kernel_agrees_with_ref(monkeypatch):
+    monkeypatch.setattr(tpu, "INTERPRET", True)
+    rows = [0, 3, 4]  # Packed, with holes, and all padding.
+    q, k, v, sinks = make(150)
+    args = q[rows], k[rows], v[rows], sinks, make_ids(150)[rows]
+    options = {"window_size": 20, "soft_cap": 2.0, "scale": 0.7}
+    assert_same(run(*args, impl="tpu", **options), run(*args, impl="ref", **options))

@@ -1,0 +1,24 @@
+"""Rows with padding before a token, for implementations that can only have it at the end."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def hole_moves(ids_BT: jax.Array | None) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """Returns two functions of `[B T ...]`: one moves the padding of each row to its end, the other moves it back.
+
+    Padding almost always is there already, and then both do nothing.
+    """
+    if ids_BT is None or ids_BT.shape[1] < 2:
+        return lambda a: a, lambda a: a
+    has_holes = jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
+    order_BT = lambda: jnp.argsort(ids_BT == 0, axis=1, stable=True)
+    close = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, order_BT()), lambda a: a, a)
+    reopen = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
+    return close, reopen
+
+
+def _take(a, index_BT):
+    return jnp.take_along_axis(a, index_BT.reshape(index_BT.shape + (1,) * (a.ndim - 2)), axis=1)
