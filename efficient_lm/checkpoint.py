@@ -6,13 +6,9 @@ fingerprint of its bits (orbax loads a flipped bit without a word); `data`, the 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Awaitable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,15 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
-from efficient_lm.leaves import Tree, check_same, describe, fingerprints, flatten, is_key, unflatten
+from efficient_lm.leaves import Tree, check_same, describe, fingerprints, flatten, is_key, to_hex, unflatten
+from efficient_lm.seal import DamagedCheckpoint as DamagedCheckpoint
+from efficient_lm.seal import Sealed, Text, check_seals
 
 type Record = dict[str, dict[str, Any]]  # What is known of each leaf, by path.
 
 _log = logging.getLogger(__name__)
-
-
-class DamagedCheckpoint(RuntimeError):
-    """What was written cannot be read back as it was."""
 
 
 class SaveFailed(RuntimeError):
@@ -111,10 +105,10 @@ class Checkpoints:
         items: dict[str, Any] = {
             # orbax refuses arrays without elements; their record says it all.
             "state": {path: x for path, x in arrays.items() if x.size},
-            "leaves": _Sealed(_Text("leaves.json", json.dumps(_record(leaves, arrays), indent=1))),
+            "leaves": Sealed(Text("leaves.json", _record(leaves, arrays))),
         }
         if data is not None:
-            items["data"] = _Sealed(data)
+            items["data"] = Sealed(data)
         try:
             self._orbax.save_checkpointables_async(step, items, force=True)
         except (OSError, ValueError) as error:
@@ -162,7 +156,7 @@ class Checkpoints:
                 saved = {path: leaf["is"] for path, leaf in record.items()}
                 check_same(saved, describe(like), what=f"the arrays in {folder}")
                 if data is not None:
-                    _check_seals(folder / "data")
+                    check_seals(folder / "data")
                 leaves = _load(folder, record, {path: _placement(x) for path, x in like.items()})
             except DamagedCheckpoint as error:
                 damage = str(error)
@@ -248,23 +242,32 @@ def _steps(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
-def _record(leaves: Mapping[str, jax.Array], arrays: Mapping[str, jax.Array]) -> Record:
-    """Describes leaves and the plain arrays that stand for them on disk: those of a typed key are its data."""
-    prints, descriptions = fingerprints(arrays), describe(leaves)
-    return {
+def _record(leaves: Mapping[str, jax.Array], arrays: Mapping[str, jax.Array]) -> Callable[[], str]:
+    """Describes leaves and the plain arrays that stand for them on disk: those of a typed key are its data.
+
+    The devices begin to read the arrays now, before anyone can donate them; the text is for when they are done.
+    """
+    descriptions, prints = describe(leaves), fingerprints(arrays)
+    record = {
         path: {
             "is": descriptions[path],
             "shape": list(x.shape),
             "dtype": str(x.dtype),
             "key": str(jax.random.key_impl(leaves[path])) if is_key(leaves[path]) else None,
-            "fingerprint": prints[path],
         }
         for path, x in arrays.items()
     }
 
+    def text() -> str:
+        return json.dumps(
+            {path: record[path] | {"fingerprint": value} for path, value in to_hex(prints).items()}, indent=1
+        )
+
+    return text
+
 
 def _read_record(folder: epath.Path) -> Record:
-    _check_seals(folder / "leaves")
+    check_seals(folder / "leaves")
     return json.loads((folder / "leaves" / "leaves.json").read_text())
 
 
@@ -298,7 +301,7 @@ def _load(folder: epath.Path, record: Record, placement: Mapping[str, Sharding |
     wide = any(x.dtype.itemsize == 8 for x in arrays.values())
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         arrays = {path: jnp.asarray(x) for path, x in arrays.items()}
-        prints = fingerprints(arrays)
+        prints = to_hex(fingerprints(arrays))
     bad = [path for path in arrays if prints[path] != record[path]["fingerprint"]]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -323,81 +326,6 @@ def _placement(x: jax.Array | jax.ShapeDtypeStruct) -> Sharding | None:
     return x.sharding
 
 
-class _Text:
-    """A file, written by the first process."""
-
-    def __init__(self, name: str, text: str):
-        self.name, self.text = name, text
-
-    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
-        async def write():
-            if jax.process_index() == 0:
-                (await directory.await_creation() / self.name).write_text(self.text)
-
-        return write()
-
-    async def load(self, directory: ocp.path.Path) -> Awaitable[None]:
-        raise NotImplementedError("it is read as a file")
-
-
-class _Ready:
-    """A folder that is there already, in the form in which orbax hands out folders."""
-
-    def __init__(self, path: ocp.path.Path):
-        self.path = path
-
-    def __truediv__(self, other: ocp.path.PathLike) -> "_Ready":
-        return _Ready(self.path / other)
-
-    async def await_creation(self) -> ocp.path.Path:
-        self.path.mkdir(parents=True, exist_ok=True)
-        return self.path
-
-
-class _Sealed:
-    """Saves what `inner` saves, with the digests of its files beside them."""
-
-    def __init__(self, inner: ocp.StatefulCheckpointable):
-        self.inner = inner
-
-    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
-        # Processes share the folder; in one of its own each knows which files it wrote.
-        scratch = Path(tempfile.mkdtemp())
-        writing = await self.inner.save(_Ready(epath.Path(scratch)))
-
-        async def write():
-            await writing
-            folder, digests = await directory.await_creation(), {}
-            for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
-                name, content = path.relative_to(scratch).as_posix(), path.read_bytes()
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content)
-                digests[name] = hashlib.sha256(content).hexdigest()
-            seal = {"processes": jax.process_count(), "sha256": digests}
-            (folder / f"seal_{jax.process_index()}.json").write_text(json.dumps(seal))
-            shutil.rmtree(scratch)
-
-        return write()
-
-    async def load(self, directory: ocp.path.Path) -> Awaitable[None]:
-        return await self.inner.load(directory)
-
-
-def _check_seals(folder: epath.Path) -> None:
-    """Raises DamagedCheckpoint unless the files in `folder` are as they were when `_Sealed` wrote them."""
-    try:
-        seals = [json.loads(path.read_bytes()) for path in folder.glob("seal_*.json")]
-        if not seals or len(seals) != seals[0]["processes"]:
-            raise DamagedCheckpoint(f"{folder.name} is incomplete")
-        for name, digest in [pair for seal in seals for pair in seal["sha256"].items()]:
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                raise DamagedCheckpoint(f"{folder.name}/{name} is not what was written")
-    except PermissionError:
-        raise  # The checkpoint may be sound.
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{folder.name} cannot be read: {_first_line(error)}") from error
-
-
 def _agree(damage: str | None) -> str | None:
     """Lets all processes judge a checkpoint alike."""
     if jax.process_count() == 1:
@@ -414,4 +342,4 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "/orbax/" in record.pathname)
+    return not (record.exc_info and ("/orbax/" in record.pathname or "tensorstore" in record.getMessage()))

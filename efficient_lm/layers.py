@@ -74,7 +74,7 @@ class ShortConv(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W ..."]]:
         def conv(x, w, bias, state, segment_ids):
-            flat = lambda a: a.reshape(*a.shape[:2], -1)
+            flat = lambda a: a.reshape(*a.shape[:2], math.prod(a.shape[2:]))  # Not -1: there may be no tokens.
             y, new_state = kernels.short_conv(
                 flat(x),
                 w.reshape(-1, self.width),

@@ -107,8 +107,8 @@ def _fingerprint_all(xs: list[jax.Array]) -> list[jax.Array]:
     return [fingerprint(x) for x in xs]
 
 
-def fingerprints(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
-    """Returns the fingerprint of each array, in hexadecimal; reads all arrays once, on their devices.
+def fingerprints(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
+    """Returns the fingerprint of each array, without waiting for it; reads all arrays once, on their devices.
 
     Arrays that live on the same devices share a call. Not for typed keys: pass their data.
     """
@@ -117,6 +117,10 @@ def fingerprints(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]
         groups[frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else None].append(path)
     out = {}
     for paths in groups.values():
-        values = jax.device_get(_fingerprint_all([arrays[path] for path in paths]))
-        out |= {path: f"{int(value):08x}" for path, value in zip(paths, values, strict=True)}
+        out |= zip(paths, _fingerprint_all([arrays[path] for path in paths]), strict=True)
     return out
+
+
+def to_hex(values: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Waits for fingerprints and returns them in hexadecimal."""
+    return {path: f"{int(value):08x}" for path, value in jax.device_get(dict(values)).items()}

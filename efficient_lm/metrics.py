@@ -8,22 +8,22 @@ from typing import Any
 import tensorboardX
 
 from efficient_lm.config import LoggingConfig
+from efficient_lm.run_folder import RunFolder
 
 
 class MetricsLog:
     """Writes the metrics of a run; a resumed run goes on in the same files."""
 
-    def __init__(self, run_dir: Path, cfg: LoggingConfig, first_step: int, run_config: dict[str, Any]):
-        self.path = run_dir / "metrics.jsonl"
-        _keep_before(self.path, first_step)
-        self._file = self.path.open("a")
+    def __init__(self, folder: RunFolder, cfg: LoggingConfig, first_step: int, run_config: dict[str, Any]):
+        _keep_before(folder.metrics, first_step)
+        self._file = folder.metrics.open("a")
         self._board = None
         if cfg.tensorboard:
-            self._board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._board = tensorboardX.SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_step)
         self._wandb = None
         if cfg.wandb_project is not None:
             self._wandb = _wandb().init(
-                project=cfg.wandb_project, name=run_dir.name, id=run_dir.name, resume="allow", config=run_config
+                project=cfg.wandb_project, name=folder.path.name, id=folder.path.name, resume="allow", config=run_config
             )
 
     def write(self, step: int, values: Mapping[str, float | list[float] | str]) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from efficient_lm.metrics import read_metrics
+from efficient_lm.run_folder import RunFolder
 
 
-def plot_run(run_dir: Path, baselines: dict[str, float]) -> Path:
+def plot_run(folder: RunFolder, baselines: dict[str, float]) -> Path:
     """Draws `loss.png` from the metrics of a run; `baselines` are bits per byte to compare with, by name."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
+    lines = read_metrics(folder.metrics)
     training = [line for line in lines if "bits_per_byte" in line]
     held_out = [line for line in lines if "held_out_bits_per_byte" in line]
 
@@ -41,7 +42,7 @@ def plot_run(run_dir: Path, baselines: dict[str, float]) -> Path:
     right.set_xscale("log", base=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path = run_dir / "loss.png"
+    path = folder.plots / "loss.png"
     figure.savefig(path, dpi=120)
     return path
 

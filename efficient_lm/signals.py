@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
             raise KeyboardInterrupt
         received.append(number)
         # Not print: a handler may interrupt another print.
-        os.write(2, b"stopping after this step; Ctrl-C stops at once\n")
+        os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
 
     # Only the main thread may set handlers. None is a handler that Python did not set and could not set again.
     in_main_thread = threading.current_thread() is threading.main_thread()

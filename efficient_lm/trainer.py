@@ -19,7 +19,8 @@ from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
 from efficient_lm.flops import peak_flops, training_flops_per_token
 from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
-from efficient_lm.run_folder import config_to_dict, open_run
+from efficient_lm.config_data import config_to_dict
+from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
 from efficient_lm.sharding import make_mesh, sharding
 from efficient_lm.signals import stop_signals
@@ -45,17 +46,17 @@ def fit(cfg: TrainConfig) -> Path:
     mesh = make_mesh(cfg.mesh) if cfg.mesh else None
     with (
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
-        open_run(Path(cfg.run_dir), cfg, fresh=cfg.fresh) as run_dir,
+        open_run(cfg.run_dir, cfg, fresh=cfg.fresh) as folder,
     ):
-        data = cfg.data.build(run_dir=run_dir, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        data = cfg.data.build(run_dir=folder.path, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
         if data.tokenizer.vocab_size > cfg.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {data.tokenizer.vocab_size} tokens, the model only "
                 f"vocab_size={cfg.model.vocab_size}; set --model.vocab-size {data.tokenizer.vocab_size} or more"
             )
-        with Run(cfg, run_dir, data) as run:
+        with Run(cfg, folder, data) as run:
             run.train()
-        return run_dir
+        return folder.path
 
 
 def check(cfg: TrainConfig) -> None:
@@ -74,19 +75,19 @@ def check(cfg: TrainConfig) -> None:
 class Run:
     """What lives from the first step to the last: compiled functions, open files, the state."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, data: Data):
-        self.cfg, self.dir, self.data = cfg, run_dir, data
+    def __init__(self, cfg: TrainConfig, folder: RunFolder, data: Data):
+        self.cfg, self.folder, self.data = cfg, folder, data
         objective = cfg.objective.build()
         optimizer, self.learning_rate = cfg.optimizer.build(cfg.num_steps)
         self._train_step = make_train_step(cfg, objective, optimizer)
         self._eval_step = make_eval_step(objective)
         self.batches = data.train()
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint)
+        self.checkpoints = Checkpoints(folder.checkpoints, cfg.checkpoint)
 
         init = jax.jit(lambda: init_state(cfg, optimizer))
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
         self.first_step, self.state = restored or (0, init())
-        self._log = MetricsLog(run_dir, cfg.logging, self.first_step, config_to_dict(cfg))
+        self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
         self._flops_per_token = training_flops_per_token(self.state.model, cfg.seq_len)
         self._started, self._productive = time.perf_counter(), 0.0
 
@@ -103,7 +104,11 @@ class Run:
         console.print(model_table(cfg.model, self.state.model))
         self._say_where_it_starts()
         step, interval = self.first_step, Interval(self.data.tokenizer.token_bytes)
-        with stop_signals() as should_stop, TrainingProgress(last, step) as progress, Profiler(cfg.profile, self.dir) as profiler:
+        with (
+            stop_signals() as should_stop,
+            TrainingProgress(last, step) as progress,
+            Profiler(cfg.profile, self.folder.path) as profiler,
+        ):
             while step < last:
                 profiler.before(step)
                 with interval.waiting():
@@ -138,9 +143,9 @@ class Run:
             f"{count(self.data.num_validation_targets)} held out; {jax.device_count()} x {device.device_kind}"
         )
         if self.first_step:
-            console.print(f"going on from step {self.first_step} of {self.dir}")
+            console.print(f"going on from step {self.first_step} of {self.folder.path}")
         else:
-            console.print(f"starting in {self.dir}")
+            console.print(f"starting in {self.folder.path}")
 
     def _report(self, step: int, interval: "Interval", progress: TrainingProgress) -> None:
         values = interval.summary()
@@ -176,7 +181,7 @@ class Run:
                 "sample": sample,
             },
         )
-        plot_run(self.dir, {})
+        plot_run(self.folder, {})
         console.print(f"step {step}: held out {result.bits_per_byte:.4f} bits/byte, loss {result.loss:.4f}")
         console.print(_indent(sample), style="dim", markup=False)
         return result
@@ -197,8 +202,8 @@ class Run:
         baselines, size = {}, sum(len(document) for document in self.data.validation_documents())
         if size <= COMPARE_BYTES:
             baselines = compressed_bits_per_byte(self.data.validation_documents())
-        plot = plot_run(self.dir, baselines)
-        sample_file = self.dir / "sample.txt"
+        plot = plot_run(self.folder, baselines)
+        sample_file = self.folder.samples / f"{step}.txt"
         sample_file.write_text(self.sample())
         console.print(f"\nheld-out text, {count(size)} bytes never trained on:")
         numbers = {"this model": result.bits_per_byte, **baselines}
@@ -206,13 +211,15 @@ class Run:
             style = "bold" if name == "this model" else None
             console.print(f"  {name:<12} {value:.4f} bits per byte", style=style)
         for name, path in (
-            ("metrics", self.dir / "metrics.jsonl"),
+            ("metrics", self.folder.metrics),
             ("plot", plot),
             ("sample", sample_file),
             ("checkpoint", self.checkpoints.folder / str(step)),
         ):
             console.print(f"{name:<12} {path}")
-        console.print(f"talk to it   python -m efficient_lm.sample {self.dir} --prompt {self.cfg.evaluation.prompt!r}")
+        console.print(
+            f"talk to it   python -m efficient_lm.sample {self.folder.path} --prompt {self.cfg.evaluation.prompt!r}"
+        )
 
 
 def put(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.checkpoint import CheckpointConfig, Checkpoints
-from efficient_lm.leaves import fingerprints, flatten
+from efficient_lm.leaves import fingerprints, flatten, to_hex
 from efficient_lm.signals import stop_signals
 
 
@@ -72,7 +72,7 @@ def main(folder: str, num_steps: str, seconds_per_step: str = "0"):
             if stop:
                 return
     state["key"] = jax.random.key_data(state["key"])
-    print("end", data.n, fingerprints(flatten(state)), flush=True)
+    print("end", data.n, to_hex(fingerprints(flatten(state))), flush=True)
 
 
 if __name__ == "__main__":

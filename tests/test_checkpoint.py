@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import shutil
@@ -147,7 +149,8 @@ def test_saving_is_safe_while_steps_donate(tmp_path, num_devices):
 
 
 def largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    """Returns the largest file of array data."""
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 def flip(path, bit=0):
@@ -190,8 +193,9 @@ def test_falls_back_past_damage(tmp_path, caplog, damage):
         step, got = checkpoints.restore(toy(), data)
         assert (step, data.n) == (2, 20)
         assert bits(got) == bits(toy(2))
-        assert [record.getMessage().count("\n") for record in caplog.records] == [0]
-        assert f"{tmp_path / '3'} is damaged" in caplog.text
+        (message,) = [record.getMessage() for record in caplog.records if record.name == "efficient_lm.checkpoint"]
+        assert f"{tmp_path / '3'} is damaged" in message
+        assert "\n" not in message
         assert checkpoints.latest_step == 2
         # The damaged step is saved again, now soundly.
         data.n = 30
@@ -246,7 +250,7 @@ def test_another_model_is_not_damage(tmp_path):
     save_steps(tmp_path, [1, 2])
     other = {"w": jnp.zeros((64, 32)), "b": jnp.zeros(3), "c": jnp.zeros(1)}
     with Checkpoints(tmp_path, CFG) as checkpoints:
-        want = r"b is bfloat16\[3\], not float32\[3\]; w is float32\[64,64\], not float32\[64,32\]; c float32\[1\] is missing"
+        want = r"b is bfloat16\[3\], not float32\[3\]; w is float32\[64,64\], .*\[64,32\]; c float32\[1\] is missing"
         with pytest.raises(ForeignLeaves, match=want):
             checkpoints.restore(other)
         with pytest.raises(ForeignLeaves, match=r"key<fry>\[3\]"):
@@ -340,12 +344,17 @@ def test_full_disk(small_disk, caplog):
         assert not (folder / "1").exists()
 
 
-def worker(folder, num_steps=24, seconds_per_step=0.02):
-    """Starts the program under test, with one device."""
+@contextlib.contextmanager
+def worker(folder, num_steps=40, seconds_per_step=0.02):
+    """Runs the program under test, with one device."""
     root = str(WORKER.parents[1])
     env = os.environ | {"PYTHONPATH": root, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     args = [sys.executable, WORKER, folder, str(num_steps), str(seconds_per_step)]
-    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(args, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read_until(process, start):
@@ -359,47 +368,38 @@ def read_until(process, start):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    process = worker(tmp_path_factory.mktemp("uninterrupted"))
-    end = read_until(process, "end")
-    assert process.wait() == 0
-    return end
+    with worker(tmp_path_factory.mktemp("uninterrupted")) as process:
+        return read_until(process, "end")
 
 
 @pytest.mark.slow
 def test_kill_at_any_moment(tmp_path, uninterrupted):
     seed = random.randrange(10**6)
     rng, starts = random.Random(seed), []
-    for attempt in range(12):
-        process = worker(tmp_path)
-        starts.append(int(read_until(process, "start").split()[1]))
-        read_until(process, f"step {starts[-1] + 3}")
-        if attempt % 2:
-            time.sleep(rng.uniform(0, 0.2))
-        else:  # In the middle of a save.
-            deadline = time.time() + 2
-            while time.time() < deadline and not list(tmp_path.glob("*.orbax-checkpoint-tmp")):
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.02))
-        if attempt < 4:
-            process.kill()
-        end = read_until(process, "end")
-        if process.wait() == 0:
-            break
-    assert len(starts) == 5, (seed, starts)
-    assert starts == sorted(starts)
-    assert starts[-1] > 0
+    for attempt in range(5):
+        with worker(tmp_path) as process:
+            starts.append(int(read_until(process, "start").split()[1]))
+            # The second save since the start waits for the first: there is always some progress.
+            read_until(process, f"step {starts[-1] + 4}\n")
+            if attempt < 2:
+                time.sleep(rng.uniform(0, 0.1))
+            elif attempt < 4:  # In the middle of a save.
+                while process.poll() is None and not list(tmp_path.glob("*.orbax-checkpoint-tmp")):
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                end = read_until(process, "end")
+    assert all(a < b for a, b in itertools.pairwise(starts)), (seed, starts)
     assert end == uninterrupted, (seed, starts)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_goes_on(tmp_path, uninterrupted):
-    process = worker(tmp_path)
-    read_until(process, "step 3")
-    process.send_signal(signal.SIGTERM)
-    last = process.stdout.read().splitlines()[-1]
-    assert process.wait() == 0
-    assert last.startswith("step ")
-    process = worker(tmp_path)
-    assert read_until(process, "start").split()[1] == last.split()[1]
-    assert read_until(process, "end") == uninterrupted
-    assert process.wait() == 0
+    with worker(tmp_path) as process:
+        read_until(process, "step 3")
+        process.send_signal(signal.SIGTERM)
+        last = process.stdout.read().splitlines()[-1]
+        assert process.wait() == 0
+    with worker(tmp_path) as process:
+        assert read_until(process, "start").split()[1] == last.removeprefix("step ")
+        assert read_until(process, "end") == uninterrupted

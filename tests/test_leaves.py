@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from efficient_lm.leaves import ForeignLeaves, fingerprint, fingerprints, flatten, unflatten
+from efficient_lm.leaves import ForeignLeaves, fingerprint, fingerprints, flatten, to_hex, unflatten
 
 
 class Block(nnx.Module):
@@ -103,13 +103,13 @@ def test_fingerprint_sees_where_values_stand():
 def test_fingerprint_does_not_depend_on_the_mesh(axis_type):
     x = jax.random.normal(jax.random.key(0), (16, 24), jnp.bfloat16)
     prints = [fingerprints({"x": x}), fingerprints({"x": np.asarray(x)})]
-    for shape in [(4, 2), (2, 2), (1, 8)]:
+    for shape in [(4, 2), (1, 2)]:
         devices = jax.devices()[: shape[0] * shape[1]]
         mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(axis_type,) * 2, devices=devices)
         for spec in [("a", "b"), ("b", "a"), (None, ("a", "b")), ()]:
             sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
             prints.append(fingerprints({"x": sharded, "alone": jnp.zeros(3)}))
-    assert len({p["x"] for p in prints}) == 1
+    assert len({to_hex(p)["x"] for p in prints}) == 1
 
 
 def test_fingerprint_of_64_bits():

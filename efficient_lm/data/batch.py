@@ -1,10 +1,11 @@
 """What a model is trained on at one step."""
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Int32
+
+type Int32BT = Any  # An array of NumPy or JAX; or what jax.tree.map puts in its place, e.g. a sharding.
 
 
 @jax.tree_util.register_dataclass
@@ -15,6 +16,6 @@ class Batch:
     `segment_ids` counts the documents of a row from 1, in order; 0 is padding. A target counts where it is above 0.
     """
 
-    tokens: Int32[np.ndarray | jax.Array, "B T"]
-    targets: Int32[np.ndarray | jax.Array, "B T"]
-    segment_ids: Int32[np.ndarray | jax.Array, "B T"]
+    tokens: Int32BT
+    targets: Int32BT
+    segment_ids: Int32BT

@@ -1,14 +1,16 @@
 """Documents as one flat array of tokens with an index, made once and kept on disk."""
 
+import array
 import dataclasses
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Shaped, UInt64
+from jaxtyping import Bool, Int32, Integer, Shaped, UInt64
 from rich.console import Console
 
 from efficient_lm.data.tokenizers import Tokenizer
@@ -29,8 +31,8 @@ class Corpus:
     """Document i is `tokens[starts[i] : starts[i] + lengths[i]]`; bos and eos are put around it when it is read."""
 
     tokens: Shaped[np.ndarray, "_"]
-    starts: Int[np.ndarray, "n"]
-    lengths: Int[np.ndarray, "n"]
+    starts: Integer[np.ndarray, "n"]
+    lengths: Integer[np.ndarray, "n"]
     digests: UInt64[np.ndarray, "n"]
     bos_id: int
     eos_id: int
@@ -71,56 +73,87 @@ def from_texts(texts: Iterable[bytes], tokenizer: Tokenizer, *, name: str, stamp
       name: what to call them in messages.
       stamp: says which version of which files they are.
     """
-    key = f"{digest(f'{stamp}|{tokenizer.fingerprint}'.encode()):016x}"
-    data_file, index_file = cache_dir / f"{key}.bin", cache_dir / f"{key}.npy"
+    index_file = _index_file(cache_dir, stamp, tokenizer)
+    data_file = index_file.with_suffix(".bin")
     if not index_file.exists():
         _tokenise(texts, tokenizer, name=name, data_file=data_file, index_file=index_file)
-    starts_lengths_digests = np.load(index_file, mmap_mode="r")
-    starts, lengths = starts_lengths_digests[:2].view(np.int64)
+    return _load(np.memmap(data_file, tokenizer.dtype, mode="r"), index_file, tokenizer)
+
+
+def from_tokens(
+    tokens: Integer[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str, stamp: str, cache_dir: Path
+) -> Corpus:
+    """Returns the documents of a flat array in which every document ends with eos; a bos in front is optional."""
+    index_file = _index_file(cache_dir, stamp, tokenizer)
+    if not index_file.exists():
+        _find_documents(tokens, tokenizer, name=name, index_file=index_file)
+    return _load(tokens, index_file, tokenizer)
+
+
+def _index_file(cache_dir: Path, stamp: str, tokenizer: Tokenizer) -> Path:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    return cache_dir / f"{digest(f'{stamp}|{tokenizer.fingerprint}'.encode()):016x}.npy"
+
+
+def _load(tokens: Integer[np.ndarray, "_"], index_file: Path, tokenizer: Tokenizer) -> Corpus:
+    starts, lengths, digests = np.load(index_file, mmap_mode="r")
     return Corpus(
-        tokens=np.memmap(data_file, tokenizer.dtype, mode="r"),
-        starts=starts,
-        lengths=lengths,
-        digests=starts_lengths_digests[2],
+        tokens=tokens,
+        starts=starts.view(np.int64),
+        lengths=lengths.view(np.int64),
+        digests=digests,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
 
 
+def _save_index(
+    index_file: Path,
+    starts: Integer[np.ndarray, "n"],
+    lengths: Integer[np.ndarray, "n"],
+    digests: UInt64[np.ndarray, "n"],
+    *,
+    name: str,
+) -> None:
+    if not len(starts):
+        raise ValueError(f"{name} holds no text; point it at documents that are not empty")
+    partial = _partial(index_file)
+    with partial.open("wb") as file:
+        np.save(file, np.stack([starts.astype(np.uint64), lengths.astype(np.uint64), digests]))
+    partial.replace(index_file)
+
+
+def _partial(file: Path) -> Path:
+    """Several hosts may share the folder, and a run may be killed: files appear whole, the index last."""
+    return file.with_suffix(f".{platform.node()}.{os.getpid()}.partial")
+
+
 def _tokenise(texts: Iterable[bytes], tokenizer: Tokenizer, *, name: str, data_file: Path, index_file: Path) -> None:
-    data_file.parent.mkdir(parents=True, exist_ok=True)
-    # Several hosts may share the folder, and a run may be killed: whole files only, the index last.
-    partial = data_file.with_suffix(f".{os.getpid()}.partial")
-    lengths, digests = [], []
+    lengths, digests = array.array("Q"), array.array("Q")
+    partial = _partial(data_file)
     with partial.open("wb") as file:
         for batch in _batches(_show_progress(texts, f"tokenising {name}")):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 file.write(ids.astype(tokenizer.dtype).tobytes())
                 lengths.append(len(ids))
                 digests.append(digest(text))
-    if not lengths:
-        partial.unlink()
-        raise ValueError(f"{name} holds no text; point it at documents that are not empty")
-    ends = np.cumsum(lengths, dtype=np.uint64)
-    index = np.stack([ends - np.array(lengths, np.uint64), np.array(lengths, np.uint64), np.array(digests, np.uint64)])
     partial.replace(data_file)
-    with partial.open("wb") as file:
-        np.save(file, index)
-    partial.replace(index_file)
+    lengths = np.array(lengths, np.int64)
+    _save_index(index_file, np.cumsum(lengths) - lengths, lengths, np.array(digests, np.uint64), name=name)
 
 
-def from_tokens(tokens: Int[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str) -> Corpus:
-    """Returns the documents of a flat array in which every document ends with eos; a bos in front is optional."""
-    stops, chunk = [], 1 << 24
+def _find_documents(tokens: Integer[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str, index_file: Path) -> None:
+    ends, chunk = [], 1 << 24
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
-        if (largest := part.max()) >= tokenizer.vocab_size or part.min() < 0:
-            raise ValueError(
-                f"{name} holds token {largest}, but the tokenizer has {tokenizer.vocab_size} tokens; "
-                "give the tokenizer (and dtype) that it was written with"
-            )
-        stops.append(start + np.flatnonzero(part == tokenizer.eos_id))
-    ends = np.concatenate([*stops, [len(tokens)]]).astype(np.int64)
+        for extreme in (part.max(), part.min()):
+            if not 0 <= extreme < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{name} holds token {extreme}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+                    "give the tokenizer (and dtype) that it was written with"
+                )
+        ends.append(start + np.flatnonzero(part == tokenizer.eos_id))
+    ends = np.concatenate([*ends, [len(tokens)]]).astype(np.int64)
     if len(ends) == 1:
         raise ValueError(f"{name} has no end of document (token {tokenizer.eos_id}); write one after each document")
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
@@ -128,18 +161,10 @@ def from_tokens(tokens: Int[np.ndarray, "_"], tokenizer: Tokenizer, *, name: str
         inside = starts < len(tokens)
         starts[inside] += tokens[starts[inside]] == tokenizer.bos_id
     starts, ends = starts[ends > starts], ends[ends > starts]
-    if not len(starts):
-        raise ValueError(f"{name} holds no text; point it at documents that are not empty")
     # Hashed as uint32, so that a document falls on the same side whatever type it was written in.
-    hashed = (digest(tokens[a:b].astype("<u4").tobytes()) for a, b in zip(starts, ends, strict=True))
-    return Corpus(
-        tokens=tokens,
-        starts=starts,
-        lengths=ends - starts,
-        digests=np.fromiter(hashed, np.uint64, len(starts)),
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-    )
+    contents = (tokens[start:end].astype("<u4").tobytes() for start, end in zip(starts, ends, strict=True))
+    digests = np.fromiter(map(digest, _show_progress(contents, f"indexing {name}")), np.uint64, len(starts))
+    _save_index(index_file, starts, ends - starts, digests, name=name)
 
 
 def _batches(texts: Iterable[bytes], num_bytes: int = 1 << 20) -> Iterator[list[bytes]]:

@@ -45,14 +45,15 @@ class TrainIterator:
         """
         if state["batch_size"] != self._batch_size:
             raise ValueError(
-                f"the checkpoint was written with batch_size {state['batch_size']}, not {self._batch_size}: each row is "
-                "a stream of its own; keep the batch size or start a new run folder"
+                f"the checkpoint was written with batch_size {state['batch_size']}, not {self._batch_size}; "
+                "each row is a stream of its own: keep the batch size or start a new run folder"
             )
         then, now = state["identity"], self._identity
         changes = [f"{key}: then {then.get(key)}, now {now[key]}" for key in now if then.get(key) != now[key]]
         if changes:
             raise ValueError(
-                f"the data are not those of the checkpoint ({'; '.join(changes)}); restore them or start a new run folder"
+                f"the data are not those of the checkpoint ({'; '.join(changes)}); "
+                "restore them or start a new run folder"
             )
         self._batches.set_state({int(row): numbers for row, numbers in state["rows"].items()})
 

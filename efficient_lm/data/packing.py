@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from efficient_lm.data.batch import Batch
 from efficient_lm.data.corpus import Corpus, digest
 
-type Piece = Int[np.ndarray, "_"]  # A stretch of bos + document + eos: one more token than there are targets in it.
+type Piece = Integer[np.ndarray, "_"]  # A stretch of bos + document + eos: one more token than there are targets in it.
 
 
 def _fill_row(batch: Batch, row: int, next_piece: Callable[[int], Piece | None]) -> None:
@@ -103,7 +103,7 @@ class PackedRows:
     def _current_document(self, i: int) -> int:
         source = self._source[i]
         number = self._rows[i] + (int(self._documents[i, source]) - 1) * self._batch_size
-        return self._orders[source][number]
+        return int(self._orders[source][number])
 
     def get_state(self) -> dict[int, list[int]]:
         """Returns the state of each row, by its number in the global batch."""
@@ -152,10 +152,10 @@ class ValidationBatches:
                 _fill_row(batch, i, self._pieces_from((first + row) * self._seq_len))
             yield batch if self._document_mask else see_each_other(batch)
 
-    def contents(self) -> Iterator[Int[np.ndarray, "_"]]:
+    def contents(self) -> Iterator[Integer[np.ndarray, "_"]]:
         """Yields the tokens of the documents, in order."""
         for source, document in zip(self._source, self._document, strict=True):
-            yield self._corpora[source].content(document)
+            yield self._corpora[source].content(int(document))
 
     def _pieces_from(self, position: int) -> Callable[[int], Piece | None]:
         def next_piece(size: int) -> Piece | None:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import weakref
 from typing import Any
 
 from efficient_lm.data.batch import Batch
@@ -15,21 +16,18 @@ class Prefetch:
         self._rows = rows
         self._size = size
         self._state = rows.get_state()
-        self._queue: queue.Queue[Any] = queue.Queue(size)
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._ahead: queue.Queue[Any] | None = None
+        self._end = lambda: None
 
     def __next__(self) -> Batch:
         if self._size == 0:
             batch, self._state = next(self._rows), self._rows.get_state()
             return batch
-        if self._thread is None:
-            self._queue, self._stop = queue.Queue(self._size), threading.Event()
-            self._thread = threading.Thread(target=self._run, args=(self._queue, self._stop), daemon=True)
-            self._thread.start()
-        item = self._queue.get()
+        if self._ahead is None:
+            self._ahead = self._start()
+        item = self._ahead.get()
         if isinstance(item, Exception):
-            self._thread = None
+            self._ahead = None
             raise item
         batch, self._state = item
         return batch
@@ -38,24 +36,36 @@ class Prefetch:
         return self._state
 
     def set_state(self, state: dict[int, list[int]]) -> None:
-        self.close()
+        """Goes to where `state` was taken and forgets what was made ahead."""
+        self._end()
+        self._ahead = None
         self._rows.set_state(state)
         self._state = self._rows.get_state()
 
     def close(self) -> None:
-        """Ends the thread and forgets what was made ahead."""
-        if self._thread is not None:
-            self._stop.set()
-            while self._thread.is_alive():
-                while not self._queue.empty():
-                    self._queue.get()  # The thread may wait for room.
-                self._thread.join(0.01)
-            self._thread = None
-            self._rows.set_state(self._state)
+        """Ends the thread."""
+        self.set_state(self._state)
 
-    def _run(self, out: queue.Queue[Any], stop: threading.Event) -> None:
-        try:
-            while not stop.is_set():
-                out.put((next(self._rows), self._rows.get_state()))
-        except Exception as error:  # Raised where the batch is taken.
-            out.put(error)
+    def _start(self) -> queue.Queue[Any]:
+        ahead, stop = queue.Queue(self._size), threading.Event()
+        thread = threading.Thread(target=_run, args=(self._rows, ahead, stop), name="prefetch", daemon=True)
+        thread.start()
+        # Also when this object is forgotten, and before the interpreter ends: it cannot take a thread in C++ with it.
+        self._end = weakref.finalize(self, _end, thread, ahead, stop)
+        return ahead
+
+
+def _run(rows: PackedRows, ahead: queue.Queue[Any], stop: threading.Event) -> None:
+    try:
+        while not stop.is_set():
+            ahead.put((next(rows), rows.get_state()))
+    except Exception as error:  # Raised where the batch is taken.
+        ahead.put(error)
+
+
+def _end(thread: threading.Thread, ahead: queue.Queue[Any], stop: threading.Event) -> None:
+    stop.set()
+    while thread.is_alive():
+        while not ahead.empty():
+            ahead.get()  # The thread may wait for room.
+        thread.join(0.01)

@@ -55,13 +55,14 @@ class TokenSource(Source):
     """Tokens that somebody else made."""
 
     name: str
+    stamp: str
     tokens: np.ndarray
 
     def texts(self) -> Iterator[bytes]:
         raise ValueError(f"{self.name} is tokenised already; give the tokenizer that made it, FileConfig(path=...)")
 
     def corpus(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
-        return from_tokens(self.tokens, tokenizer, name=self.name)
+        return from_tokens(self.tokens, tokenizer, name=self.name, stamp=self.stamp, cache_dir=cache_dir)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,9 @@ class ArrayRecordConfig(SourceConfig):
 
         def read() -> Iterator[bytes]:
             for file in files:
-                try:
-                    reader = ArrayRecordReader(str(file))
-                except Exception as error:  # The library raises what its C++ does.
-                    raise ValueError(f"{file} is not an ArrayRecord file: {error}") from None
+                reader = ArrayRecordReader(str(file))
+                if not reader.ok():
+                    raise ValueError(f"{file} is not an ArrayRecord file; check that it was written whole")
                 size = reader.num_records()
                 for start in range(0, size, 1024):
                     records = reader.read(start, min(start + 1024, size))
@@ -251,7 +251,7 @@ class TokensConfig(SourceConfig):
             tokens = np.memmap(file, self.dtype, mode="r")
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"{file} holds {tokens.dtype}{list(tokens.shape)}; it has to be one row of token ids")
-        return TokenSource(str(file), tokens)
+        return TokenSource(str(file), _stamp(self, [file]), tokens)
 
 
 def _find(path: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers as hf
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 _USUAL_BOS = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -44,11 +44,11 @@ class Tokenizer(abc.ABC):
         """Returns the tokens of `text`, without bos and eos. Bytes need not be valid UTF-8."""
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
-    def decode_bytes(self, ids: Iterable[int] | Int[np.ndarray, "T"]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int] | Integer[np.ndarray, "T"]) -> bytes:
         """Returns the bytes that were encoded."""
         return b"".join([self.pieces[i] for i in ids])
 
-    def decode(self, ids: Iterable[int] | Int[np.ndarray, "T"]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "T"]) -> str:
         """Returns the text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -88,7 +88,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library that is lossless: byte-level, or with byte fallback."""
+    """A tokenizer.json of the `tokenizers` library that is lossless: byte-level, or with byte fallback.
+
+    With byte fallback, the character U+2581 is read as the space that it stands for.
+    """
 
     # Bytes that are not UTF-8 come out of `bytes.decode(errors="surrogateescape")` as these characters.
     _INVALID = re.compile("([\udc80-\udcff])")

@@ -49,12 +49,11 @@ def inverse(strict_XLL: jax.Array) -> jax.Array:
 
 def _substitute(strict_XMM: jax.Array) -> jax.Array:
     m = strict_XMM.shape[-1]
-    strict_MMX = jnp.moveaxis(strict_XMM, (-2, -1), (0, 1))  # the many blocks last: a vector per entry
-    identity_MM = jnp.eye(m, dtype=strict_XMM.dtype)
-    rows = []
-    for i in range(m):
-        row = jnp.broadcast_to(identity_MM[i].reshape(m, *[1] * (strict_XMM.ndim - 2)), strict_MMX.shape[1:])
-        for j, above in enumerate(rows):
-            row = row - strict_MMX[i, j][None] * above
-        rows.append(row)
-    return jnp.moveaxis(jnp.stack(rows), (0, 1), (-2, -1))
+    strict_MMX = jnp.moveaxis(strict_XMM, (-2, -1), (0, 1)).reshape(m, m, -1)  # an entry is a vector of all blocks
+    identity_MM1 = jnp.eye(m, dtype=strict_XMM.dtype)[..., None]
+
+    def row(i, inverse_MMX):
+        return inverse_MMX.at[i].set(identity_MM1[i] - jnp.sum(strict_MMX[i][:, None] * inverse_MMX, axis=0))
+
+    inverse_MMX = jax.lax.fori_loop(0, m, row, jnp.zeros_like(strict_MMX))
+    return jnp.moveaxis(inverse_MMX.reshape(m, m, *strict_XMM.shape[:-2]), (0, 1), (-2, -1))

@@ -141,6 +141,7 @@ class ChannelDecay:
             heads = jnp.concatenate([heads[..., 0, :, :], heads[..., 1, :, :] * first], axis=-2)
             tails = jnp.concatenate([tails[..., 0, :, :] * second, tails[..., 1, :, :]], axis=-2)
             whole, m = first * second, 2 * m
+            heads, tails, whole = jax.lax.optimization_barrier((heads, tails, whole))
         heads, tails = heads.reshape(g_CBKGLH.shape), tails.reshape(g_CBKGLH.shape)
         self.reads_CBKGLX = jnp.where(segments.reads_CB11L1, heads, 0)
         self.writes_CBKGLX = jnp.where(segments.writes_CB11L1, tails, 0)

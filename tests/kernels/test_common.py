@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common import blocks, chunks
+
+
+@pytest.mark.parametrize("size", [1, 8, 64, 128])
+def test_inverse_of_correlated_keys(size):
+    """Unit keys of correlation 0.9 and beta up to 2: a Neumann product would be off by 1e10 and more."""
+    rng = np.random.default_rng(0)
+    keys = np.sqrt(0.9) * rng.normal(size=(3, 1, 32)) + np.sqrt(0.1) * rng.normal(size=(3, size, 32))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    strict = np.tril(2 * rng.uniform(size=(3, size, 1)) * (keys @ keys.swapaxes(-1, -2)), -1).astype(np.float32)
+    want = np.linalg.inv(np.eye(size) + strict.astype(np.float64))
+    got = np.asarray(jax.jit(blocks.inverse)(strict))
+    # As accurate as substitution: a few units in the last place, grown by the size of the system.
+    assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < 1e-5
+    assert not np.any(np.triu(got, 1))
+
+
+def test_merge_and_part():
+    whole = np.tril(np.random.default_rng(0).normal(size=(2, 3, 8, 8)))
+    diagonal, below = blocks.part(jnp.asarray(whole))
+    assert diagonal.shape == (2, 6, 4, 4)
+    np.testing.assert_array_equal(diagonal[0, 1], whole[0, 0, 4:, 4:].astype(np.float32))
+    np.testing.assert_array_equal(blocks.merge(diagonal, below), whole.astype(np.float32))
+
+
+def test_split_and_join():
+    x_BTNH = jnp.arange(2 * 7 * 6 * 3.0).reshape(2, 7, 6, 3)
+    x_CBKGLH = chunks.split(x_BTNH, 2, 4, jnp.float32)
+    assert x_CBKGLH.shape == (2, 2, 2, 3, 4, 3)
+    np.testing.assert_array_equal(x_CBKGLH[1, 0, 1, 2, 0], x_BTNH[0, 4, 5])
+    assert not np.any(x_CBKGLH[1, ..., 3, :])
+    np.testing.assert_array_equal(chunks.join(x_CBKGLH, 7, jnp.float32), x_BTNH)
+
+
+def test_segments():
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 3, 3]], jnp.int32)
+    segments = chunks.Segments(ids, 4)
+    same, reads, writes, through = (
+        np.squeeze(np.asarray(x))
+        for x in (segments.same_CB11LL, segments.reads_CB11L1, segments.writes_CB11L1, segments.through_CB1111)
+    )
+    np.testing.assert_array_equal(same[0, 0, 3], [False, False, False, True])
+    np.testing.assert_array_equal(reads[0], [[True, True, True, False], [True, True, False, False]])
+    np.testing.assert_array_equal(writes[0], [[False, False, False, True], [False, False, True, True]])
+    # Filled up with the last document.
+    np.testing.assert_array_equal(reads[1], [[True] * 4, [False] * 4])
+    np.testing.assert_array_equal(through, [[False, False], [True, False]])
