@@ -99,6 +99,10 @@ def main(cfg: Benchmark) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: cfg.threads])
     jax.config.update("jax_platforms", "cpu")
     console = Console()
+    # Of all processes in the minute before: a busy machine makes every number below worthless.
+    load = os.getloadavg()[0]
+    if load > 1:
+        console.print(f"[yellow]the machine is busy (load {load:.1f}): close what runs beside this[/yellow]")
     ours, theirs = collections.defaultdict(list), collections.defaultdict(list)
     num_parameters, measure_ours = our_half(cfg)
     versions = {"python": platform.python_version()}
@@ -121,6 +125,7 @@ def main(cfg: Benchmark) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "threads": cfg.threads,
+        "load_before": load,
         "sizes": dataclasses.asdict(cfg.sizes),
         "num_parameters": num_parameters,
         "efficient_lm": {"versions": versions, "seconds": ours, "tokens_per_second": tokens_per_second(cfg, ours)},
