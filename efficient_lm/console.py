@@ -31,11 +31,13 @@ def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
     """Returns a table of the blocks, their parameters and what their states take."""
     letters = cfg.layers.split()
     title = f"{count(num_parameters(model))} parameters in {len(letters)} blocks: {cfg.layers}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = "each; state: bytes for one sequence, and for every token of it"
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in ("block", "mixer", "ffn"):
         table.add_column(column, no_wrap=True)
-    # What one sequence's state takes in one such block: at the start, and more with every token.
-    for column in ("number", "parameters", "state bytes", "+ per token"):
+    for column in ("number", "parameters", "state", "per token"):
         table.add_column(column, justify="right", no_wrap=True)
     for letter, block_cfg in cfg.blocks.items():
         if letter not in letters:

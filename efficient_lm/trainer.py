@@ -84,7 +84,9 @@ class Run:
         self.batches = data.train()
         self.checkpoints = Checkpoints(folder.checkpoints, cfg.checkpoint)
 
-        init = jax.jit(lambda: init_state(cfg, optimizer))
+        # It runs once: on a CPU, optimising it takes a minute and saves a second.
+        options = {"xla_backend_optimization_level": 0} if jax.devices()[0].platform == "cpu" else {}
+        init = jax.jit(lambda: init_state(cfg, optimizer), compiler_options=options)
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
         self.first_step, self.state = restored or (0, init())
         self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
