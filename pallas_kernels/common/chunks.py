@@ -37,7 +37,7 @@ class Segments:
         ids_CBL = jnp.moveaxis(ids_BT.reshape(B, -1, length), 1, 0)
         after_CB1 = ids_CBL[:, :, -1:]
         before_CB1 = jnp.concatenate([ids_CBL[:1, :, :1], after_CB1[:-1]])
-        # Shaped to stand beside CBKGL.. and CBKRGLL: what is one document with each other token, with the state before, after.
+        # One document with each other token, with the state before, with the state after the chunk.
         self.same_CB111LL = (ids_CBL[..., :, None] == ids_CBL[..., None, :])[:, :, None, None, None]
         self.reads_CB11L1 = (ids_CBL == before_CB1)[:, :, None, None, :, None]
         self.writes_CB11L1 = (ids_CBL == after_CB1)[:, :, None, None, :, None]

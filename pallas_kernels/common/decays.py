@@ -126,7 +126,7 @@ class ChannelDecay(_Decay):
     Over a whole chunk d(j, i] does not factor in two numbers that are both at most 1. It does for every i beyond a
     border and every j before it: d(j, i] = d(j, border] d(border, i]. So pairs are taken by block doubling: blocks of m
     tokens, two by two, the border between them, one matmul (m x H by H x m) for each two. Every pair of tokens meets at
-    exactly one m = 1, 2, 4 .. L / 2. A border lies in the past of the row that is read: later tokens change no bit of it.
+    exactly one m = 1, 2, 4 .. L / 2. Borders lie in the past of the row that is read: later tokens change no bit of it.
     """
 
     def _factors(self, m: int) -> tuple[jax.Array, jax.Array]:

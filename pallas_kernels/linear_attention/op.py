@@ -65,8 +65,8 @@ def linear_attention(
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.linear_attention(q, k, v, g, bonus, state, ids, scale)
 
+    real_BT1 = (ids > 0)[..., None]
     if segment_ids is not None:
-        real_BT1 = (ids > 0)[..., None]
         v = jnp.where(real_BT1[..., None], v, 0)
         g = jnp.where(real_BT1 if g.ndim == 3 else real_BT1[..., None], g, 0)
         ids = fill_padding(ids)

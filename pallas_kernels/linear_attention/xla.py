@@ -15,7 +15,6 @@ the gradients of S and S':
 Residuals are the inputs and the state before each chunk of `CHUNK` tokens, `states_CBKGHP`.
 """
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import chunks

@@ -1,8 +1,13 @@
 """What the tests of recurrent ops share: rows of documents, errors, values and gradients in one compilation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Tests spend their time compiling; without LLVM's optimisations that takes a quarter of it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def documents(T: int) -> np.ndarray:
@@ -35,7 +40,7 @@ def check(got: dict, want: dict) -> None:
 def run(op, arguments: dict) -> dict:
     """Returns o, state and the gradients of the arguments, with random cotangents on both outputs."""
 
-    @jax.jit
+    @jit
     def values_and_gradients(arguments):
         (o, state), vjp = jax.vjp(lambda arguments: op(**arguments), arguments)
         do, dstate = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in ((90, o), (91, state)))
