@@ -83,7 +83,8 @@ def assert_same(got, want):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks for the short sequences of a test, and a last one that is not full."""
-    monkeypatch.setattr(xla, "BLOCK", 16)
+    monkeypatch.setattr(xla, "BLOCK_T", 16)
+    monkeypatch.setattr(xla, "BLOCK_S", 12)
     monkeypatch.setattr(xla, "MAX_PAIRS_OF_ONE_BLOCK", 64)
 
 
