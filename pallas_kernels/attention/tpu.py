@@ -143,7 +143,7 @@ def _heads_first(a_BTN):
 
 
 def _ids(ids_BT):
-    """Padding among the keys gets an id that no query has."""
+    """Padding among the keys gets an id that no query has: padding that saw it could overflow in the backward pass."""
     ids_BT = jnp.pad(ids_BT, ((0, 0), (0, -ids_BT.shape[1] % _block(ids_BT.shape[1]))))
     return splash.SegmentIds(ids_BT, jnp.where(ids_BT > 0, ids_BT, -1))
 
