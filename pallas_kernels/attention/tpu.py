@@ -58,7 +58,9 @@ def backward(options, residuals, cotangents):
     shift_BTN = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=3) - jnp.moveaxis(dlse, 1, 2)
     shift_BTN = jnp.where(is_real_BT1, shift_BTN, 0)
     kernel = _kernel(options, T, q.shape[2])
-    block = kernel.kwargs["block_sizes"].block_q
+    assert kernel.dq_mask_info is not None
+    assert kernel.dkv_mask_info is not None
+    dq_info, dkv_info, block = kernel.dq_mask_info, kernel.dkv_mask_info, _block(T)
     shared = {
         "bq": block,
         "bkv": block,
@@ -74,13 +76,20 @@ def backward(options, residuals, cotangents):
         # The public gradient of the kernel takes no cotangent of the log-sum-exp; in these two it is part of `shift`.
         args = q, k, v, ids, sinks, lse, do, shift
         _, dk, dv = splash._splash_attention_bwd_dkv(
-            *args, bkv_compute=min(block, 512), mask_info=kernel.dkv_mask_info, use_fused_bwd_kernel=False, **shared
+            *args, bkv_compute=min(block, 512), mask_info=dkv_info, use_fused_bwd_kernel=False, **shared
         )
-        return splash._splash_attention_bwd_dq(*args, mask_info=kernel.dq_mask_info, **shared), dk, dv
+        return splash._splash_attention_bwd_dq(*args, mask_info=dq_info, **shared), dk, dv
 
-    arrays = (_heads_first(close(a)) for a in (_scaled(options, q), k, v))
-    rest = (_heads_first(close(a)) for a in (lse_BTN, do, shift_BTN))
-    grads_BNTH = jax.vmap(gradients)(*arrays, _ids(close(segment_ids)), *rest)
+    heads_first = lambda a: _heads_first(close(a))
+    grads_BNTH = jax.vmap(gradients)(
+        heads_first(_scaled(options, q)),
+        heads_first(k),
+        heads_first(v),
+        _ids(close(segment_ids)),
+        heads_first(lse_BTN),
+        heads_first(do),
+        heads_first(shift_BTN),
+    )
     dq, dk, dv = (reopen(jnp.moveaxis(a, 1, 2)[:, :T]) for a in grads_BNTH)
     dq, dk, dv = (jnp.where(is_real_BT1[..., None], a, 0) for a in (dq, dk, dv))
     if sinks is None:
@@ -100,11 +109,19 @@ def _mask(options, size):
 def _kernel(options, T, N):
     block = _block(T)
     size = T + -T % block
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    compute = {"block_kv_compute": min(block, 512), "block_kv_dkv_compute": min(block, 512)}
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, 512),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=min(block, 512),
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     return splash.make_splash_mha(
         masks.MultiHeadMask([_mask(options, size)] * N),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block), **compute),
+        block_sizes=blocks,
         save_residuals=True,
         attn_logits_soft_cap=options.soft_cap,
         head_shards=1,
@@ -126,7 +143,7 @@ def _heads_first(a_BTN):
 
 
 def _ids(ids_BT):
-    """Padding among the keys gets an id that no query has."""
+    """Padding among the keys gets an id that no query has: padding that saw it could overflow in the backward pass."""
     ids_BT = jnp.pad(ids_BT, ((0, 0), (0, -ids_BT.shape[1] % _block(ids_BT.shape[1]))))
     return splash.SegmentIds(ids_BT, jnp.where(ids_BT > 0, ids_BT, -1))
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.masks import Tokens, blocks_that_see, sees, tokens
 
-BLOCK = 128
+# Queries and keys of a block: the fastest on a CPU, where smaller ones skip more of a causal mask.
+BLOCK_T, BLOCK_S = 128, 64
 # Up to so many pairs of a query and a key, one block is as fast as several.
 MAX_PAIRS_OF_ONE_BLOCK = 128 * 128
 
@@ -16,23 +17,19 @@ MAX_PAIRS_OF_ONE_BLOCK = 128 * 128
 def forward(options, q, k, v, sinks, segment_ids, kv_segment_ids, q_start):
     """Returns `(o, lse)` and the residuals."""
     inputs = q, k, v, sinks, segment_ids, kv_segment_ids, q_start
-    (B, T, N, H), (_, S, K, P) = q.shape, v.shape
-    G, (L, L_kv) = N // K, _block_sizes(T, S)
+    (B, T, N, _), (_, S, K, P) = q.shape, v.shape
     dtype = jnp.promote_types(jnp.float32, q.dtype)
-    queries, keys = (
-        Tokens(*(_blocks(a, size) for a in side))
-        for side, size in zip(tokens(options, segment_ids, kv_segment_ids, q_start), (L, L_kv), strict=True)
-    )
-    q_CBLKGH = _blocks(q, L).reshape(-1, B, L, K, G, H)
-    q_CBKGLH = jnp.moveaxis(q_CBLKGH, 2, 4)
-    k_CBKSH, v_CBKSP = (jnp.moveaxis(_blocks(a, L_kv), 2, 3) for a in (k, v))
+    queries, keys = _token_blocks(options, T, S, segment_ids, kv_segment_ids, q_start)
+    q_CBKGLH = _query_blocks(q, K, S)
+    k_CBKSH, v_CBKSP = (_key_blocks(a, T) for a in (k, v))
 
     def step(i, j, sums):
         o_BKGLP, max_BKGL, sum_BKGL = (a[i] for a in sums)
         scores_BKGLS, _ = _scores(options, q_CBKGLH[i], k_CBKSH[j], _at(queries, i), _at(keys, j))
+        scores_BKGLS = _computed_once(scores_BKGLS)
         new_max_BKGL = jnp.maximum(max_BKGL, jnp.max(scores_BKGLS, axis=-1))
         finite_max_BKGL = jnp.where(new_max_BKGL == -jnp.inf, 0, new_max_BKGL)
-        p_BKGLS = jnp.exp(scores_BKGLS - finite_max_BKGL[..., None])
+        p_BKGLS = _computed_once(jnp.exp(scores_BKGLS - finite_max_BKGL[..., None]))
         shrink_BKGL = jnp.exp(max_BKGL - finite_max_BKGL)
         sum_BKGL = shrink_BKGL * sum_BKGL + jnp.sum(p_BKGLS, axis=-1)
         new_BKGLP = jnp.einsum("BKGLS,BKSP->BKGLP", p_BKGLS.astype(v.dtype), v_CBKSP[j], preferred_element_type=dtype)
@@ -40,7 +37,7 @@ def forward(options, q, k, v, sinks, segment_ids, kv_segment_ids, q_start):
         return tuple(a.at[i].set(b) for a, b in zip(sums, (o_BKGLP, new_max_BKGL, sum_BKGL), strict=True))
 
     # A sink is one more key, which every real query sees and whose value is 0.
-    start = -jnp.inf if sinks is None else sinks.astype(dtype).reshape(1, 1, K, G, 1)
+    start = -jnp.inf if sinks is None else sinks.astype(dtype).reshape(1, 1, K, N // K, 1)
     max_CBKGL = jnp.where((queries.ids > 0)[:, :, None, None], start, -jnp.inf)
     max_CBKGL = jnp.broadcast_to(max_CBKGL, q_CBKGLH.shape[:-1]).astype(dtype)
     sums = jnp.zeros((*max_CBKGL.shape, P), dtype), max_CBKGL, jnp.where(max_CBKGL > -jnp.inf, 1, 0).astype(dtype)
@@ -56,26 +53,21 @@ def backward(options, residuals, cotangents):
     """Returns the gradients of q, k, v and sinks. The softmax is computed again, from its denominator."""
     q, k, v, sinks, segment_ids, kv_segment_ids, q_start, o, lse = residuals
     do, dlse = cotangents
-    (B, T, N, _), (_, S, K, _) = q.shape, v.shape
-    G, (L, L_kv) = N // K, _block_sizes(T, S)
+    (_, T, _, _), (B, S, K, _) = q.shape, k.shape
     dtype = lse.dtype
-    queries, keys = (
-        Tokens(*(_blocks(a, size) for a in side))
-        for side, size in zip(tokens(options, segment_ids, kv_segment_ids, q_start), (L, L_kv), strict=True)
-    )
+    queries, keys = _token_blocks(options, T, S, segment_ids, kv_segment_ids, q_start)
     # d score = p (dp - shift)
     shift_BTN = jnp.sum(o.astype(dtype) * do.astype(dtype), axis=3) - jnp.moveaxis(dlse, 1, 2)
     lse_BTN = jnp.moveaxis(lse, 1, 2)
     shift_BTN = jnp.where(lse_BTN == -jnp.inf, 0, shift_BTN)
     lse_BTN = jnp.where(lse_BTN == -jnp.inf, 0, lse_BTN)
-    heads = lambda a: jnp.moveaxis(_blocks(a, L).reshape(-1, B, L, K, G, *a.shape[3:]), 2, 4)
-    q_CBKGLH, do_CBKGLP, shift_CBKGL, lse_CBKGL = (heads(a) for a in (q, do, shift_BTN, lse_BTN))
-    k_CBKSH, v_CBKSP = (jnp.moveaxis(_blocks(a, L_kv), 2, 3) for a in (k, v))
+    q_CBKGLH, do_CBKGLP, shift_CBKGL, lse_CBKGL = (_query_blocks(a, K, S) for a in (q, do, shift_BTN, lse_BTN))
+    k_CBKSH, v_CBKSP = (_key_blocks(a, T) for a in (k, v))
 
     def step(i, j, grads):
         dq_CBKGLH, dk_CBKSH, dv_CBKSP = grads
         scores_BKGLS, dcap_BKGLS = _scores(options, q_CBKGLH[i], k_CBKSH[j], _at(queries, i), _at(keys, j))
-        p_BKGLS = jnp.exp(scores_BKGLS - lse_CBKGL[i][..., None])
+        p_BKGLS = _computed_once(jnp.exp(scores_BKGLS - lse_CBKGL[i][..., None]))
         dp_BKGLS = jnp.einsum("BKGLP,BKSP->BKGLS", do_CBKGLP[i], v_CBKSP[j], preferred_element_type=dtype)
         ds_BKGLS = options.scale * dcap_BKGLS * p_BKGLS * (dp_BKGLS - shift_CBKGL[i][..., None])
         ds_BKGLS, p_BKGLS = ds_BKGLS.astype(q.dtype), p_BKGLS.astype(v.dtype)
@@ -119,7 +111,7 @@ def _for_each_pair(options, queries, keys, step, carry):
 
 
 def _block_sizes(T, S):
-    return (T, S) if T * S <= MAX_PAIRS_OF_ONE_BLOCK else (min(T, BLOCK), min(S, BLOCK))
+    return (T, S) if T * S <= MAX_PAIRS_OF_ONE_BLOCK else (min(T, BLOCK_T), min(S, BLOCK_S))
 
 
 def _blocks(a_BT, size):
@@ -129,10 +121,34 @@ def _blocks(a_BT, size):
     return a_BT.reshape(B, -1, size, *a_BT.shape[2:]).swapaxes(0, 1)
 
 
+def _token_blocks(options, T, S, segment_ids, kv_segment_ids, q_start):
+    sides = tokens(options, segment_ids, kv_segment_ids, q_start)
+    blocks = lambda side, size: Tokens(*(_blocks(a, size) for a in side))
+    return tuple(blocks(side, size) for side, size in zip(sides, _block_sizes(T, S), strict=True))
+
+
+def _query_blocks(a_BTN, K, S):
+    """Returns `[C B K G L ...]`."""
+    B, T, N = a_BTN.shape[:3]
+    L, _ = _block_sizes(T, S)
+    return jnp.moveaxis(_blocks(a_BTN, L).reshape(-1, B, L, K, N // K, *a_BTN.shape[3:]), 2, 4)
+
+
+def _key_blocks(a_BSK, T):
+    """Returns `[C B K S ...]`, with S here the keys of a block."""
+    _, L_kv = _block_sizes(T, a_BSK.shape[1])
+    return jnp.moveaxis(_blocks(a_BSK, L_kv), 2, 3)
+
+
 def _tokens_first(a_CBKGL, T):
     """Returns `[B T K G ...]`."""
     a_BCLKG = jnp.moveaxis(a_CBKGL, (1, 0, 4), (0, 1, 2))
     return a_BCLKG.reshape(a_BCLKG.shape[0], -1, *a_BCLKG.shape[3:])[:, :T]
+
+
+def _computed_once(a):
+    """Keeps the CPU backend from fusing, and so computing, exponentials into each of their several uses."""
+    return jax.lax.optimization_barrier(a)
 
 
 def _at(side, i):

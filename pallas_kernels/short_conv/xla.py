@@ -47,8 +47,10 @@ def _with_state_ids(ids_BT, W):
 
 
 def _preactivation(inputs_BTD, w_DW, bias, ids_BT, T):
-    z_BTD = sum(tap_BTD * w_DW[None, None, :, j] for j, tap_BTD in enumerate(_taps(inputs_BTD, ids_BT, T)))
-    return z_BTD if bias is None else z_BTD + bias.astype(z_BTD.dtype)[None, None]
+    z_BTD = jnp.zeros((), w_DW.dtype) if bias is None else bias.astype(w_DW.dtype)[None, None]
+    for j, tap_BTD in enumerate(_taps(inputs_BTD, ids_BT, T)):
+        z_BTD = z_BTD + tap_BTD * w_DW[None, None, :, j]
+    return z_BTD
 
 
 def _last(ids_BT, T, W):
@@ -71,7 +73,7 @@ def _forward_packed(activation, x, w, bias, state, segment_ids):
     if ids_BT is None:
         new_state = inputs_BTD[:, T:]
     else:
-        y_BTD = jnp.where((segment_ids > 0)[..., None], y_BTD, 0)
+        y_BTD = jnp.where((ids_BT[:, W - 1 :] > 0)[..., None], y_BTD, 0)
         place_BW, is_same_BW = _last(ids_BT, T, W)
         new_state = jnp.where(is_same_BW[..., None], _take(inputs_BTD, place_BW), 0)
     return y_BTD.astype(x.dtype), new_state.astype(state.dtype)
@@ -95,12 +97,12 @@ def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
     # The input at place s went to the outputs s .. s+W-1, through the taps W-1 .. 0.
     edge = ((0, 0), (W - 1, W - 1))
     padded_BTD = jnp.pad(dz_BTD, (*edge, (0, 0)))
-    dinputs_BTD = 0
+    dinputs_BTD = jnp.zeros(inputs_BTD.shape, dtype)
     for j in range(W):
         here = slice(W - 1 - j, W - 1 - j + T + W - 1)
         part_BTD = padded_BTD[:, here] * w_DW[None, None, :, j]
         if ids_BT is not None and j < W - 1:
-            ids_of_outputs_BT = jnp.pad(segment_ids, edge, constant_values=-1)[:, here]
+            ids_of_outputs_BT = jnp.pad(ids_BT[:, W - 1 :], edge, constant_values=-1)[:, here]
             part_BTD = jnp.where((ids_of_outputs_BT == ids_BT)[..., None], part_BTD, 0)
         dinputs_BTD += part_BTD
     if ids_BT is None:
