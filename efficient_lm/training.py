@@ -69,11 +69,11 @@ def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.Gra
         norm = optax.global_norm(grads)
         accept, guard_state = guard(cfg.guard, state.guard, norm)
 
-        def update():
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-            return optax.apply_updates(state.model, updates), opt_state
-
-        model, opt_state = jax.lax.cond(accept, update, lambda: (state.model, state.opt_state))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        # A select, not a branch: XLA runs branches on one core of a CPU, and cannot fuse across them anywhere.
+        new = (optax.apply_updates(state.model, updates), opt_state)
+        keep = lambda new, old: jnp.where(accept, new, old)
+        model, opt_state = jax.tree.map(keep, new, (state.model, state.opt_state))
         metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}
         metrics |= {
             "loss": loss / tokens,
