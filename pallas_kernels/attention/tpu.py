@@ -143,9 +143,9 @@ def _heads_first(a_BTN):
 
 
 def _ids(ids_BT):
-    """Padding among the keys gets an id that no query has: padding that saw it could overflow in the backward pass."""
+    """Padding sees only padding, whose outputs and gradients are replaced by zeros, overflow included."""
     ids_BT = jnp.pad(ids_BT, ((0, 0), (0, -ids_BT.shape[1] % _block(ids_BT.shape[1]))))
-    return splash.SegmentIds(ids_BT, jnp.where(ids_BT > 0, ids_BT, -1))
+    return splash.SegmentIds(ids_BT, ids_BT)
 
 
 def _scaled(options, q):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-# Up to this size inverses are taken row by row, on all blocks at once.
-_BASE = 16
+# Products of matrices up to this size are sums of products: a call to a matmul would cost more.
+_TINY = 4
 
 
 def merge(blocks_XMM: jax.Array, below_XMM: jax.Array) -> jax.Array:
@@ -33,27 +33,20 @@ def inverse(strict_XLL: jax.Array) -> jax.Array:
     """
     *lead, L, _ = strict_XLL.shape
     blocks_XMM, below = strict_XLL.reshape(*lead, 1, L, L), []
-    while blocks_XMM.shape[-1] > _BASE:
+    while blocks_XMM.shape[-1] > 1:
         blocks_XMM, below_XMM = part(blocks_XMM)
         below.append(below_XMM)
-    blocks_XMM = _substitute(blocks_XMM)
+    blocks_XMM = jnp.ones_like(blocks_XMM)
     for below_XMM in reversed(below):
         *_, n, m, _ = below_XMM.shape
         pairs_XMM = blocks_XMM.reshape(*lead, n, 2, m, m)
         a_XMM, b_XMM = pairs_XMM[..., 0, :, :], pairs_XMM[..., 1, :, :]
-        # Full float32 products: rounded to bfloat16 the inverse of correlated keys is off by a tenth.
-        product_XMM = jnp.matmul(jnp.matmul(b_XMM, below_XMM, precision="highest"), a_XMM, precision="highest")
-        blocks_XMM = merge(blocks_XMM, -product_XMM)
+        blocks_XMM = merge(blocks_XMM, -_multiply(_multiply(b_XMM, below_XMM), a_XMM))
     return blocks_XMM.reshape(strict_XLL.shape)
 
 
-def _substitute(strict_XMM: jax.Array) -> jax.Array:
-    m = strict_XMM.shape[-1]
-    strict_MMX = jnp.moveaxis(strict_XMM, (-2, -1), (0, 1)).reshape(m, m, -1)  # an entry is a vector of all blocks
-    identity_MM1 = jnp.eye(m, dtype=strict_XMM.dtype)[..., None]
-
-    def row(i, inverse_MMX):
-        return inverse_MMX.at[i].set(identity_MM1[i] - jnp.sum(strict_MMX[i][:, None] * inverse_MMX, axis=0))
-
-    inverse_MMX = jax.lax.fori_loop(0, m, row, jnp.zeros_like(strict_MMX))
-    return jnp.moveaxis(inverse_MMX.reshape(m, m, *strict_XMM.shape[:-2]), (0, 1), (-2, -1))
+def _multiply(a_XMM: jax.Array, b_XMM: jax.Array) -> jax.Array:
+    if a_XMM.shape[-1] <= _TINY:
+        return jnp.sum(a_XMM[..., :, :, None] * b_XMM[..., None, :, :], axis=-2)
+    # In full float32: rounded to bfloat16 the inverse of correlated keys is off by a tenth.
+    return jnp.matmul(a_XMM, b_XMM, precision="highest")
