@@ -116,7 +116,7 @@ class Attention(Mixer):
         if cfg.rotary is not None:
             q_BTNH, k_BSKH = rotate(q_BTNH, positions_BT, cfg.rotary), rotate(k_BSKH, positions_BT, cfg.rotary)
 
-        start, ids_BS = jnp.zeros((), jnp.int32), ids_BT
+        start, ids_BS = None, None
         if state is not None:
             start = state.length
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, 1)
