@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_lm import mixers
 from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, Mixer, MixerConfig
+from efficient_lm.sharding import shard
 
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
 TINY = [
@@ -48,7 +49,8 @@ class BrokenMixer(Mixer):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_model, d_model)) / d_model**0.5)
 
     def init_state(self, batch_size, max_len, dtype=jnp.float32):
-        return jnp.zeros((batch_size, 1, self.kernel.shape[0])), jnp.zeros((batch_size,), jnp.int32)
+        sums_BLD = jnp.zeros((batch_size, 1, self.kernel.shape[0]))
+        return shard(sums_BLD, "BLD"), shard(jnp.zeros((batch_size,), jnp.int32), "B")
 
     def __call__(self, x, state=None, *, segment_ids=None):
         B, T, _ = x.shape
