@@ -41,7 +41,8 @@ def load_config(file: str, overrides: list[str]) -> TrainConfig:
         hint = f"did you mean {close[0]}?" if close else "python train.py lists those that come with the library"
         raise FileNotFoundError(f"there is no configuration {file}; {hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # A configuration may build on the one beside it.
     spec.loader.exec_module(module)

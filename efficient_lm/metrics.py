@@ -1,5 +1,6 @@
 """Where numbers go while a run goes on: a JSON line each time, TensorBoard, Weights & Biases."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,10 +62,9 @@ def check_logging(cfg: LoggingConfig) -> None:
 
 def _wandb() -> Any:
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError("logging.wandb_project needs Weights & Biases: pip install 'efficient_lm[wandb]'") from error
-    return wandb
 
 
 def _keep_before(path: Path, step: int) -> None:

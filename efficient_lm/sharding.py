@@ -70,11 +70,13 @@ def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]
     def call(*xs):
         if jax.sharding.get_abstract_mesh().empty:
             return fn(*xs)
-        specs = lambda dims: tuple(spec(d) for d in dims.split(","))
-        out_specs = specs(outs)
+        in_specs, out_specs = ([spec(dims) for dims in letters.split(",")] for letters in (ins, outs))
         # check_vma=False: Pallas calls do not say along which mesh axes their outputs vary.
         run = jax.shard_map(
-            fn, in_specs=specs(ins), out_specs=out_specs if len(out_specs) > 1 else out_specs[0], check_vma=False
+            fn,
+            in_specs=tuple(in_specs),
+            out_specs=tuple(out_specs) if len(out_specs) > 1 else out_specs[0],
+            check_vma=False,
         )
         return run(*xs)
 

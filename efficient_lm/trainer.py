@@ -1,7 +1,6 @@
 """A run from its configuration to its last checkpoint."""
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -13,18 +12,18 @@ import numpy as np
 
 from efficient_lm.checkpoint import Checkpoints
 from efficient_lm.config import TrainConfig, parse_profile
+from efficient_lm.config_data import config_to_dict
 from efficient_lm.console import TrainingProgress, console, count, model_table
 from efficient_lm.data import Batch, Data
 from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
 from efficient_lm.flops import peak_flops, training_flops_per_token
 from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
-from efficient_lm.config_data import config_to_dict
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
 from efficient_lm.sharding import make_mesh, sharding
 from efficient_lm.signals import stop_signals
-from efficient_lm.training import TrainState, init_state, make_eval_step, make_train_step
+from efficient_lm.training import init_state, make_eval_step, make_train_step
 
 # Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
 COMPARE_BYTES = 32 * 2**20
@@ -153,7 +152,7 @@ class Run:
         values = interval.summary()
         self._productive += values["seconds"] * (1 - values["data_wait"])
         values |= {
-            "learning_rate": float(self.learning_rate(step - 1)),
+            "learning_rate": float(np.asarray(self.learning_rate(step - 1))),
             "goodput": self._productive / (time.perf_counter() - self._started),
         }
         if (peak := peak_flops()) is not None:

@@ -37,7 +37,7 @@ type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def init_state(cfg: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step, drawn from the seed."""
-    model = cfg.model.build(rngs=nnx.Rngs(params=jax.random.key(cfg.seed)))
+    model: Any = cfg.model.build(rngs=nnx.Rngs(params=jax.random.key(cfg.seed)))
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), GuardState.init())
 
 
@@ -69,11 +69,12 @@ def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.Gra
         norm = optax.global_norm(grads)
         accept, guard_state = guard(cfg.guard, state.guard, norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        params: Any = state.model  # To optax, a module is a tree of arrays like any other.
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
         # A select, not a branch: XLA runs branches on one core of a CPU, and cannot fuse across them anywhere.
-        new = (optax.apply_updates(state.model, updates), opt_state)
+        new = (optax.apply_updates(params, updates), opt_state)
         keep = lambda new, old: jnp.where(accept, new, old)
-        model, opt_state = jax.tree.map(keep, new, (state.model, state.opt_state))
+        model, opt_state = jax.tree.map(keep, new, (params, state.opt_state))
         metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}
         metrics |= {
             "loss": loss / tokens,

@@ -49,7 +49,9 @@ def test_scanned_equals_unrolled():
     stacked = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(2) for block in want_grads.periods]
     for got, want in zip(layers, stacked, strict=True):
         # Only the order of additions differs.
-        chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(got)), nnx.to_pure_dict(nnx.state(want)), rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(
+            nnx.to_pure_dict(nnx.state(got)), nnx.to_pure_dict(nnx.state(want)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("remat", ["nothing", "dots"])
@@ -69,7 +71,7 @@ def test_sharded_equals_single():
 
 
 def test_kinds_of_blocks_and_heads():
-    """Blocks without a feed-forward network, untied heads, prefix and tail, bfloat16; decoding goes on where prefill ends."""
+    """Blocks without a feed-forward network, untied heads, prefix and tail, bfloat16."""
     cfg = ModelConfig(
         vocab_size=32,
         d_model=16,

@@ -58,7 +58,11 @@ def test_muon_on_stacked_heads_is_muon_on_each_matrix(model):
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), model)
     updates, _ = jax.jit(tx.update)(grads, tx.init(model), model)
     layers = updates.periods[0]
-    for kernel, rows in ((layers.mixer.q_proj.kernel, 8), (layers.mixer.o_proj.kernel, 12), (layers.ffn.up_proj.kernel, 8)):
+    for kernel, rows in (
+        (layers.mixer.q_proj.kernel, 8),
+        (layers.mixer.o_proj.kernel, 12),
+        (layers.ffn.up_proj.kernel, 8),
+    ):
         for layer in range(3):
             matrix = np.asarray(kernel[...][layer]).reshape(rows, -1)
             singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)

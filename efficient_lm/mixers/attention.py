@@ -118,6 +118,8 @@ class Attention(Mixer):
 
         start, ids_BS = None, None
         if state is not None:
+            assert ids_BT is not None
+            assert past_B is not None
             start = state.length
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, 1)
             k_BSKH, v_BSKH = write(state.k, k_BSKH), write(state.v, v_BSKH)

@@ -70,6 +70,7 @@ def _prefill(
 ) -> tuple[Float[Array, "B V"], ModelState]:
     state = model.init_state(tokens.shape[0], max_len)
     x_BTD, state, _ = model.hidden(tokens, state, segment_ids=segment_ids)
+    assert state is not None
     return model.logits(x_BTD[:, -1:])[:, 0], state
 
 
@@ -88,11 +89,13 @@ def _decode(
         logits_BV, state, done_B = carry
         tokens_B = jnp.where(done_B, -1, choose(logits_BV, key, cfg))
         done_B = done_B | jnp.any(tokens_B[:, None] == stop, axis=-1)
-        logits_BTV, state = model(jnp.maximum(tokens_B, 0)[:, None], state)
-        return (logits_BTV[:, 0], state, done_B), tokens_B
+        logits_BTV, new_state = model(jnp.maximum(tokens_B, 0)[:, None], state)
+        return (logits_BTV[:, 0], new_state, done_B), tokens_B
 
-    (logits_BV, state, done_B), tokens_TB = jax.lax.scan(one, (logits, state, done), jax.random.split(key, num_tokens))
-    return logits_BV, state, done_B, tokens_TB.T
+    (logits_BV, new_state, done_B), tokens_TB = jax.lax.scan(
+        one, (logits, state, done), jax.random.split(key, num_tokens)
+    )
+    return logits_BV, new_state, done_B, tokens_TB.T
 
 
 def generate(

@@ -78,7 +78,7 @@ def packed_equals_separate(cfg: MixerConfig) -> None:
     mixer, x_BTD, dy_BTD = build(cfg), inputs(), inputs(seed=2)
 
     def packed(mixer, x_BTD):
-        y_BTD, _ = mixer(x_BTD, segment_ids=PACKED)
+        y_BTD, _ = mixer(x_BTD, segment_ids=jnp.asarray(PACKED))
         return jnp.sum(y_BTD * dy_BTD * (PACKED[..., None] > 0)), y_BTD
 
     rows, columns = np.nonzero(PACKED)
