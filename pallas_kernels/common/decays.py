@@ -107,12 +107,19 @@ class HeadDecay(_Decay):
     @staticmethod
     def apply(x_CBKLH: jax.Array, factors_CBKGLX: jax.Array, S_CBKGHP: jax.Array) -> jax.Array:
         """Returns what x reads of S, each token's read multiplied by its factor."""
-        return jnp.einsum("CBKLH,CBKGHP->CBKGLP", x_CBKLH, S_CBKGHP) * factors_CBKGLX
+        if S_CBKGHP.shape[3] == 1:  # As written below, XLA would take the transposed product and turn it around.
+            read_CBKGLP = jnp.einsum("CBKLH,CBKHP->CBKLP", x_CBKLH, S_CBKGHP[:, :, :, 0])[:, :, :, None]
+        else:
+            read_CBKGLP = jnp.einsum("CBKLH,CBKGHP->CBKGLP", x_CBKLH, S_CBKGHP)
+        return read_CBKGLP * factors_CBKGLX
 
     @staticmethod
     def outer(x_CBKLH: jax.Array, factors_CBKGLX: jax.Array, y_CBKGLP: jax.Array) -> jax.Array:
         """Returns the sum over tokens of x y^T times the token's factor."""
-        return jnp.einsum("CBKLH,CBKGLP->CBKGHP", x_CBKLH, factors_CBKGLX * y_CBKGLP)
+        y_CBKGLP = factors_CBKGLX * y_CBKGLP
+        if y_CBKGLP.shape[3] == 1:
+            return jnp.einsum("CBKLH,CBKLP->CBKHP", x_CBKLH, y_CBKGLP[:, :, :, 0])[:, :, :, None]
+        return jnp.einsum("CBKLH,CBKGLP->CBKGHP", x_CBKLH, y_CBKGLP)
 
     @staticmethod
     def log_sum(x_CBKGLH: jax.Array) -> jax.Array:

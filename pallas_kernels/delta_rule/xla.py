@@ -65,7 +65,7 @@ def forward(scale, q, k, v, beta, g, state, segment_ids):
     def step(S_BKGHP, chunk):
         own_BKGLP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
         u_BKGLP = own_BKGLP - jnp.matmul(w_BKGLH, S_BKGHP)
-        after_BKGHP = keep_BKGX1 * S_BKGHP + jnp.matmul(put_BKGLH.mT, u_BKGLP)
+        after_BKGHP = keep_BKGX1 * S_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", put_BKGLH, u_BKGLP)
         return after_BKGHP, (S_BKGHP, u_BKGLP)
 
     *_, H, P = state.shape
@@ -95,13 +95,13 @@ def backward(scale, residuals, cotangents):
     delta_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
     u_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * delta_CBKGLP)
     # 2. The gradients of the state after each chunk and of what its tokens write, from the last chunk to the first.
-    du_CBKGLP = jnp.matmul(qk_CBKGLS.mT, do_CBKGLP)
+    du_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", qk_CBKGLS, do_CBKGLP)
     dread_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
 
     def step(dS_BKGHP, chunk):
         du_BKGLP, dread_BKGHP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
         du_BKGLP += jnp.matmul(put_BKGLH, dS_BKGHP)
-        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP - jnp.matmul(w_BKGLH.mT, du_BKGLP)
+        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP - jnp.einsum("BKGLH,BKGLP->BKGHP", w_BKGLH, du_BKGLP)
         return before_BKGHP, (dS_BKGHP, du_BKGLP)
 
     dstate_BKGHP, (dstates_CBKGHP, du_CBKGLP) = jax.lax.scan(
@@ -111,18 +111,19 @@ def backward(scale, residuals, cotangents):
         reverse=True,
     )
     # 3. Through the triangular system.
-    dx_CBKGLP = jnp.matmul(inverse_CBKGLL.mT, du_CBKGLP)
+    dx_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", inverse_CBKGLL, du_CBKGLP)
     dv_CBKGLP = beta_CBKGL1 * dx_CBKGLP
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
-    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.matmul(dx_CBKGLP, u_CBKGLP.mT), 0)
+    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.einsum("CBKGLP,CBKGSP->CBKGLS", dx_CBKGLP, u_CBKGLP), 0)
     dbeta_CBKGL = jnp.sum(dx_CBKGLP * delta_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-1)
     # 4. Within the chunk.
-    dscores_CBKRGLS = jnp.stack([jnp.matmul(do_CBKGLP, u_CBKGLP.mT), beta_CBKGL1 * dsystem_CBKGLS], axis=3)
+    dqk_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, u_CBKGLP)
+    dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, beta_CBKGL1 * dsystem_CBKGLS], axis=3)
     dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.
-    dread_q_CBKGLH = decay.reads_CBKGLX * jnp.matmul(do_CBKGLP, states_CBKGHP.mT)
-    dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.matmul(dv_CBKGLP, states_CBKGHP.mT)
-    dput_CBKGLH = decay.writes_CBKGLX * jnp.matmul(u_CBKGLP, dstates_CBKGHP.mT)
+    dread_q_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
+    dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", dv_CBKGLP, states_CBKGHP)
+    dput_CBKGLH = decay.writes_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", u_CBKGLP, dstates_CBKGHP)
     dq_CBKLH = dqk_CBKRLH[:, :, :, 0] + jnp.sum(dread_q_CBKGLH, axis=3)
     dk_CBKLH += dqk_CBKRLH[:, :, :, 1] + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
     # 6. The decays.

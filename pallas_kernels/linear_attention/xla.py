@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import chunks
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 
-# 32 and 128 take longer on a CPU: see benchmarks in README.md.
+# Half as long, states weigh more than scores; twice as long, scores do.
 CHUNK = 64
 
 
@@ -65,12 +65,12 @@ def backward(scale, before, residuals, cotangents):
     # 2. Within the chunk.
     q_CBKRLH = q_CBKLH[:, :, :, None]
     scores_CBKRGLS = decay.scores(q_CBKRLH, k_CBKLH)
-    dscores_CBKRGLS = jnp.matmul(do_CBKGLP, v_CBKGLP.mT)[:, :, :, None]
-    dv_CBKGLP = jnp.matmul(scores_CBKRGLS[:, :, :, 0].mT, do_CBKGLP)
+    dscores_CBKRGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, v_CBKGLP)[:, :, :, None]
+    dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", scores_CBKRGLS[:, :, :, 0], do_CBKGLP)
     dq_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, q_CBKRLH, k_CBKLH)
     # 3. Through the states at the chunk's borders.
-    dread_CBKGLH = decay.reads_CBKGLX * jnp.matmul(do_CBKGLP, states_CBKGHP.mT)
-    dput_CBKGLH = decay.writes_CBKGLX * jnp.matmul(v_CBKGLP, dstates_CBKGHP.mT)
+    dread_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
+    dput_CBKGLH = decay.writes_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", v_CBKGLP, dstates_CBKGHP)
     dv_CBKGLP += decay.apply(k_CBKLH, decay.writes_CBKGLX, dstates_CBKGHP)
     dq_CBKLH = dq_CBKRLH[:, :, :, 0] + jnp.sum(dread_CBKGLH, axis=3)
     dk_CBKLH += jnp.sum(dput_CBKGLH, axis=3)
