@@ -90,6 +90,7 @@ def _decode(
         tokens_B = jnp.where(done_B, -1, choose(logits_BV, key, cfg))
         done_B = done_B | jnp.any(tokens_B[:, None] == stop, axis=-1)
         logits_BTV, new_state = model(jnp.maximum(tokens_B, 0)[:, None], state)
+        assert new_state is not None
         return (logits_BTV[:, 0], new_state, done_B), tokens_B
 
     (logits_BV, new_state, done_B), tokens_TB = jax.lax.scan(
