@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import chunks
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 
-# Half as long, states weigh more than scores; twice as long, scores do.
+# 32 is as fast on a CPU but keeps twice the states; 128 is slower.
 CHUNK = 64
 
 

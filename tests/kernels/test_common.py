@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common import blocks, chunks
+from pallas_kernels.common import blocks, chunks, decays
 
 
 @pytest.mark.parametrize("size", [1, 8, 64, 128])
@@ -50,3 +50,15 @@ def test_segments():
     # Filled up with the last document.
     np.testing.assert_array_equal(reads[1], [[True] * 4, [False] * 4])
     np.testing.assert_array_equal(through, [[False, False], [True, False]])
+
+
+@pytest.mark.parametrize("decay", [decays.HeadDecay, decays.ChannelDecay])
+def test_small_decays_beside_large_ones(decay):
+    """d(j, i] after half a chunk of -30 per token, where a float32 cumulative sum has steps of 1e-4."""
+    g = np.concatenate([np.full(32, -30.0), np.linspace(-0.001, -0.1, 32)]).astype(np.float32)
+    ones = jnp.ones((1, 1, 1, 64, 1))
+    d = decay(jnp.asarray(g).reshape(1, 1, 1, 1, 64, 1), chunks.Segments(jnp.ones((1, 64), jnp.int32), 64))
+    sums = np.cumsum(g.astype(np.float64))
+    want = np.tril(np.exp(np.minimum(sums[:, None] - sums[None, :], 0)))
+    # Two roundings of a product or a sum of size 1, six times at most.
+    np.testing.assert_allclose(np.squeeze(d.scores(ones[:, :, :, None], ones)), want, atol=1e-6)
