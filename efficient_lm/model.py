@@ -105,7 +105,7 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Param(shard(draw_VD(embedding_key), "VD"), dims="VD", contracted="")
 
         # Layer i draws from fold_in(key, i): walked by a scan or one by one, it is the same layer.
-        def build(letters: str, first: Any) -> nnx.List:
+        def build(letters: str, first: Any):
             keys = [jax.random.fold_in(layers_key, first + i) for i in range(len(letters.split()))]
             blocks = [cfg.blocks[letter] for letter in letters.split()]
             return nnx.List(

@@ -98,6 +98,8 @@ class Mamba2(Mixer):
         o_BTNP = o_BTNP.astype(jnp.float32) + self.skip[...][:, None] * v_BTNP
         o_BTNP = o_BTNP * jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
         # The norm runs over all heads of a group at once, after the gate.
-        o_BTKGP = o_BTNP.reshape(*o_BTNP.shape[:2], self.cfg.num_groups, -1, o_BTNP.shape[-1])
+        o_BTKGP = o_BTNP.reshape(
+            *o_BTNP.shape[:2], self.cfg.num_groups, self.cfg.num_heads // self.cfg.num_groups, o_BTNP.shape[-1]
+        )
         o_BTNP = rms_normalize(o_BTKGP, axes=(-2, -1)).reshape(o_BTNP.shape) * self.norm_scale[...]
         return self.o_proj(o_BTNP.astype(x.dtype)), state and Mamba2State(S_BNHP, q_conv, k_conv, v_conv)

@@ -15,7 +15,7 @@ from efficient_lm.sharding import shard
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
 TINY = [
     AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, output_gate=True),
-    AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=4, sink_logits=True, soft_cap=5.0),
+    AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=7, sink_logits=True, soft_cap=5.0),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),

@@ -54,9 +54,9 @@ def test_unknown_configuration(program):
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda folder: None, "no documents"),
+        (lambda folder: None, "holds no text files"),
         (lambda folder: (folder / "a.txt").write_bytes(b"\xff\xfe\x00caf\xe9"), "a.txt"),
-        (lambda folder: (folder / "a.txt").mkdir(), "no documents"),
+        (lambda folder: (folder / "a.txt").mkdir(), "holds no text files"),
     ],
     ids=["empty folder", "not UTF-8", "no files"],
 )
