@@ -66,7 +66,7 @@ def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.Gra
         # Sums over tokens become means only here: parts of a batch may hold different numbers of them.
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda x: x / tokens, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         accept, guard_state = guard(cfg.guard, state.guard, norm)
 
         params: Any = state.model  # To optax, a module is a tree of arrays like any other.

@@ -37,7 +37,7 @@ def run(model, cfg, prompts=PROMPTS, **rest):
 
 
 def test_greedy_continues_as_the_full_forward_pass_says(model):
-    new = run(model, SamplingConfig(max_tokens=10, temperature=0), tokens_at_once=4)
+    new = run(model, SamplingConfig(max_tokens=10, temperature=0.0), tokens_at_once=4)
     assert new.shape == (3, 10)
     # Rows padded on the right: what is to come cannot change the logits before it.
     full = jax.jit(lambda tokens: model(tokens)[0])
@@ -61,7 +61,7 @@ def test_logits_of_decoding_are_those_of_the_full_pass(model):
 
 
 def test_stop_tokens_end_a_row(model):
-    cfg = SamplingConfig(max_tokens=12, temperature=0)
+    cfg = SamplingConfig(max_tokens=12, temperature=0.0)
     free = run(model, cfg)
     stop = int(free[0, 3])
     new = run(model, cfg, stop_tokens=[stop])
@@ -90,12 +90,12 @@ def test_choices_follow_temperature_top_k_and_top_p():
     close(frequencies(top_p=0.79), [0.625, 0.375, 0, 0])
     close(frequencies(top_p=0.01), [1, 0, 0, 0])
     close(frequencies(temperature=0.5), probabilities**2 / np.sum(probabilities**2))
-    assert frequencies(temperature=0)[0] == 1
+    assert frequencies(temperature=0.0)[0] == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"temperature": -1}, "temperature=-1"), ({"top_k": 0}, "top_k=0"), ({"top_p": 1.5}, "top_p=1.5")],
+    [({"temperature": -1.0}, "temperature=-1"), ({"top_k": 0}, "top_k=0"), ({"top_p": 1.5}, "top_p=1.5")],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, RMSNorm
-from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 from efficient_lm.sharding import per_shard, shard
 
@@ -55,13 +55,13 @@ class AttentionConfig(MixerConfig):
 class KVCache:
     """Keys and values of all tokens so far; slot i holds the i-th token that came, padding included."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
-    segment_ids: Int[Array, "B S"]
+    k: Leaf  # BSKH
+    v: Leaf  # BSKH
+    segment_ids: Leaf  # BS
     """0 where a slot is empty or holds padding: never attended to."""
-    length: Int[Array, ""]
+    length: Leaf
     """Slots in use."""
-    document_length: Int[Array, "B"]
+    document_length: Leaf  # B
     """Tokens so far of the last document."""
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
+type Leaf = Any  # An array of a state; or what stands for it: one with layers in front, a shape, a sharding.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

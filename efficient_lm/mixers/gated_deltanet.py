@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
-from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -40,10 +40,10 @@ class GatedDeltaNetConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaNetState:
-    S: Float[Array, "B N H P"]
-    q_conv: Float[Array, "B W K H"]
-    k_conv: Float[Array, "B W K H"]
-    v_conv: Float[Array, "B W N P"]
+    S: Leaf  # BNHP
+    q_conv: Leaf  # BWKH
+    k_conv: Leaf  # BWKH
+    v_conv: Leaf  # BWNP
 
 
 class GatedDeltaNet(Mixer):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, GatedRMSNorm
-from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -33,7 +33,7 @@ class GLAConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GLAState:
-    S: Float[Array, "B N H P"]
+    S: Leaf  # BNHP
 
 
 class GLA(Mixer):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, ShortConv, decay_parameters, rms_normalize
-from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -39,10 +39,10 @@ class Mamba2Config(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mamba2State:
-    S: Float[Array, "B N H P"]
-    q_conv: Float[Array, "B W K H"]
-    k_conv: Float[Array, "B W K H"]
-    v_conv: Float[Array, "B W N P"]
+    S: Leaf  # BNHP
+    q_conv: Leaf  # BWKH
+    k_conv: Leaf  # BWKH
+    v_conv: Leaf  # BWNP
 
 
 class Mamba2(Mixer):
