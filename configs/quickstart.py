@@ -24,10 +24,10 @@ def config() -> TrainConfig:
             remat="nothing",
         ),
         data=DataConfig(tokenizer=TrainBPEConfig(vocab_size=2048)),
-        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=160)),
+        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=130)),
         batch_size=8,
         seq_len=256,
-        num_steps=400,
-        evaluation=EvaluationConfig(every=100, max_batches=16),
+        num_steps=300,
+        evaluation=EvaluationConfig(every=150, max_batches=16),
         checkpoint=CheckpointConfig(save_every=100),
     )
