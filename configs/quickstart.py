@@ -1,4 +1,4 @@
-"""A 2 M-parameter hybrid of Gated DeltaNet and attention on Python source: minutes on a laptop's CPU."""
+"""A 1 M-parameter hybrid of Gated DeltaNet and attention on Python source: minutes on a laptop's CPU."""
 
 from efficient_lm.checkpoint import CheckpointConfig
 from efficient_lm.config import EvaluationConfig, TrainConfig
@@ -10,13 +10,13 @@ from efficient_lm.optimizer import MuonConfig, TrapezoidConfig
 
 
 def config() -> TrainConfig:
-    ffn = MLPConfig(d_ff=512)
-    mixer = GatedDeltaNetConfig(num_heads=4, key_dim=32, value_dim=64)
-    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64)
+    ffn = MLPConfig(d_ff=384)
+    mixer = GatedDeltaNetConfig(num_heads=4, key_dim=32, value_dim=32)
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32)
     return TrainConfig(
         model=ModelConfig(
             vocab_size=2048,
-            d_model=192,
+            d_model=128,
             blocks={"M": BlockConfig(mixer=mixer, ffn=ffn), "A": BlockConfig(mixer=attention, ffn=ffn)},
             pattern="M M A",
             num_periods=1,
@@ -24,10 +24,10 @@ def config() -> TrainConfig:
             remat="nothing",
         ),
         data=DataConfig(tokenizer=TrainBPEConfig(vocab_size=2048)),
-        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=130)),
+        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=220)),
         batch_size=8,
         seq_len=256,
-        num_steps=300,
-        evaluation=EvaluationConfig(every=150, max_batches=16),
+        num_steps=550,
+        evaluation=EvaluationConfig(every=275, max_batches=16),
         checkpoint=CheckpointConfig(save_every=100),
     )
