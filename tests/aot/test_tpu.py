@@ -1,0 +1,16 @@
+"""Every op compiles for every TPU generation, with its kernels, on a machine that has none."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles(chip):
+    # In a process of its own: libtpu is loaded once, for good.
+    command = [sys.executable, "-m", "tests.aot.gate", chip]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
