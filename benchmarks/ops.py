@@ -33,6 +33,10 @@ class Case:
     """Whether a program lowered for a TPU holds a Pallas kernel, in each direction."""
     sizes: Mapping[str, int] = types.MappingProxyType({})
     """Where they differ from those of the table."""
+    branches_taken: float = 1.0
+    """How often a kernel takes a branch that depends on data, at the sizes of the table."""
+    trips: int | None = None
+    """Of XLA's loops whose length depends on data, at the sizes of the table."""
 
     def structs(self, arrays: str, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of `"bf16[BTKH],f32[BTN]"`."""
@@ -45,6 +49,14 @@ class Case:
     def ins(self) -> str:
         """The arguments in the form of `outs`."""
         return ",".join(self.args.values())
+
+    def unit(self, sizes: Mapping[str, int]) -> tuple[str, float]:
+        """Returns what a cost is counted per, and how many of them there are."""
+        sizes = {**sizes, **self.sizes}
+        tokens, letters = sizes["B"] * sizes["T"], set(self.ins)
+        if "N" in letters:
+            return "token and head", tokens * sizes["N"]
+        return ("token and 128 channels", tokens * sizes["F"] / 128) if "F" in letters else ("token", tokens)
 
     def in_float32(self) -> "Case":
         wide = {name: array.replace("bf16", "f32") for name, array in self.args.items()}
@@ -98,6 +110,8 @@ CASES = {
         {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "segment_ids": "s32[BT]"},
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=True,
+        branches_taken=10 / 16,  # Of 4 x 4 blocks of 1024, those not above the diagonal.
+        trips=32 * 33,  # Of 32 x 64 blocks of 128 x 64, the same.
     ),
     "linear_cross_entropy": Case(
         kernels.linear_cross_entropy,

@@ -59,7 +59,7 @@ def compile_case(case: Case, sizes: Mapping[str, int], device: Any, mesh: Mesh |
         return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(dims)) for x, dims in structs]
 
     def lower(function, *args):
-        platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+        platform = "cuda" if device.platform == "gpu" else "tpu"
         return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
