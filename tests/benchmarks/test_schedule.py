@@ -80,6 +80,42 @@ def test_wrong_grid_is_told():
     assert cost(BUNDLES, SLOTS, (5, 4), 0, CHIPS["v5e"]).remarks == ("the grid's loop is a guess",)
 
 
+def loop_of(*bundles):
+    """A loop of 16 steps, and the two trips more of the pipeline."""
+    lines = ["   0   :  { %s1 = smov.u32 0 }", "   0x1 LB: > { %s9 = sadd.s32 1, %s8 }"]
+    lines += [f"   {i + 2:#x}   : > {{ {bundle} }}" for i, bundle in enumerate(bundles)]
+    lines += ["   0x99   : > { %p6 = scmp.ge.s32.totalorder %s9, 18 /* loop exit test */ }", "   0x9a   :  {}"]
+    found = read_bundles("\n".join(lines))
+    (loop,) = find_loops(found)
+    assert loop.trips == 18
+    return found, loop
+
+
+@pytest.mark.parametrize(("bound", "is_branch"), [(17, False), (12, True)])
+def test_the_branch_around_a_step_is_none(bound, is_branch):
+    bundles, loop = loop_of(
+        f"%p3 = scmp.ge.s32.totalorder %s9, 1  ;;  %p4 = scmp.lt.s32.totalorder %s9, {bound}",
+        "%p5 = pnand %p3, %p4",
+        "%9 = sbr.rel (%p5) target = $region7",
+        *["%1 = vnop"] * 5,
+        "%2 = vnop } /* Start region 7 */ {",
+    )
+    branches = find_branches(bundles, loop, (16,))
+    assert [(branch.first, branch.last, branch.chance) for branch in branches] == [(9, 9, None)] * is_branch
+
+
+def test_waits_for_results():
+    """Two matrix units, one after the other: each result is fetched at once, so neither hides the other."""
+    products = [f"%v{unit} = vmatmul.bf16.gmra.mxu{unit} %v8" for unit in range(2)]
+    fetches = [["%v1 = vpop.f32.mrf.mxu0"] * 2, ["%v2 = vpop.f32.mrf.mxu1"] * 2]
+    bundles, _ = loop_of(products[0], *fetches[0], products[1], *fetches[1])
+    slots = [dict.fromkeys(CAPACITY, 0)] * len(bundles)
+    chip = CHIPS["v5e"]
+    found = cost(bundles, slots, (16,), 0, chip)
+    assert (found.bundles_step, found.mxu_step) == (8, chip.vmatmul_cycles)
+    assert found.schedule / 16 > 2 * chip.vmatmul_cycles
+
+
 def test_kernels():
     x, w = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16), jax.ShapeDtypeStruct((128, 512), jnp.bfloat16)
     both = lambda x, w: jax.lax.scan(lambda total, _: (total + call(x, w), None), call(x, w), length=3)
