@@ -6,7 +6,7 @@ as `impl="xla"` where that is another program, and beside the kernels of others.
 
     for peer in tokamax deltanet-tpu recurrentgemma; do
         python3.12 -m venv ~/peers/$peer
-        ~/peers/$peer/bin/pip install $peer libtpu==0.0.52
+        ~/peers/$peer/bin/pip install "$peer[jax]" libtpu==0.0.52
     done
     python -m benchmarks.tpu_schedule --peers ~/peers
 """
