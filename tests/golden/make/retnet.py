@@ -1,4 +1,4 @@
-"""Golden layer: flash-linear-attention's retention around its naive form; the rest by Triton's interpreter, in float32."""
+"""Golden layer: flash-linear-attention's retention around its naive form, the rest by Triton's interpreter, float32."""
 
 import interpreter  # noqa: F401, before the kernels
 from common import draw, fla_naive, generator, module_case
