@@ -1,6 +1,6 @@
 """HGRN2 at 340 M: heads that expand by 128, as in its paper (arXiv 2404.07904), in 24 layers of width 1024.
 
-342 M parameters: 309 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. Every layer may
+341 M parameters: 308 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. Every layer may
 forget all that it holds; the paper bounds this from below, the more the deeper the layer.
 """
 

@@ -1,7 +1,7 @@
 """RetNet at 340 M: heads of 256 for keys and 512 for values, as in its paper (arXiv 2307.08621): 24 layers, width 1024.
 
-347 M parameters: 314 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. The layers have
-two thirds of their weights in the mixer; the MLPs are half as wide as those of the other models, as in the paper.
+347 M parameters: 315 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. As in the paper,
+two thirds of a layer's weights are the mixer's, and the MLP is about half as wide as beside other mixers.
 """
 
 import dataclasses

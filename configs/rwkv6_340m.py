@@ -1,6 +1,6 @@
 """RWKV-6 at 340 M: 16 heads of 64, ranks as in its paper (arXiv 2404.05892), in 21 layers of width 1024.
 
-334 M parameters: 301 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. The MLPs are those
+334 M parameters: 302 M in the layers, 33 M in the tied embedding of 32 k tokens. 15 B tokens in all. The MLPs are those
 of the other models of this size, not the paper's channel mixing.
 """
 
