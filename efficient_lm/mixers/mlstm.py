@@ -4,12 +4,12 @@ The layer is that of xLSTM 7B (https://arxiv.org/abs/2503.13427). For one head a
 
     S = f S + exp(i) k v^T,   n = f n + exp(i) k,   o = S^T q / max(|n . q|, 1)
 
-exp(i) would overflow: the state is kept as exp(-m) S and exp(-m) n, with m = max(log f + m, i, 0), the logarithm of the
-largest weight in it. Then no weight exceeds one, the recurrence is one of linear attention,
+exp(i) would overflow: the state is kept as exp(-m) S and exp(-m) n, where m = max(log f + m, i, 0) follows the largest
+weight in it. No weight then exceeds one, the recurrence is one of linear attention,
 
     exp(-m) S = exp(log f + m_before - m) exp(-m_before) S + exp(i - m) k v^T,
 
-and exp(-m) stands for the 1 in the denominator. n is S for values of one: a column more.
+and the 1 in the denominator becomes exp(-m). n is what S is for values of one: a column more.
 """
 
 import dataclasses
@@ -101,13 +101,13 @@ class MLSTM(Mixer):
 
 
 def mlstm(q_BTNH, k_BTNH, v_BTNP, i_BTN, log_f_BTN, S_BNHP, m_BN, segment_ids):
-    """Returns float32 outputs and the state, of which none may be given."""
+    """Returns float32 outputs and the state. S, m and segment_ids may be None."""
     g_BTN, write_BTN, m_BTN, last_BN = _stabilized(i_BTN, log_f_BTN, m_BN, segment_ids)
     k_BTNH = (k_BTNH * write_BTN[..., None]).astype(k_BTNH.dtype)
     v_BTNP = jnp.concatenate([v_BTNP, jnp.ones_like(v_BTNP[..., :1])], axis=-1)
     o_BTNP, S_BNHP = kernels.linear_attention(q_BTNH, k_BTNH, v_BTNP, g_BTN, state=S_BNHP, segment_ids=segment_ids)
     o_BTNP = o_BTNP.astype(jnp.float32)
-    # The authors' small number, for the case that all three vanish.
+    # The authors' small number, for the case that both vanish.
     total_BTN1 = jnp.maximum(jnp.abs(o_BTNP[..., -1:]), jnp.exp(-m_BTN)[..., None]) + 1e-6
     return o_BTNP[..., :-1] / total_BTN1, S_BNHP, last_BN
 

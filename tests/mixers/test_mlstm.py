@@ -25,6 +25,7 @@ class OpenGates(MLSTMConfig):
 
 PROMISES = (
     contract.cut_packed,
+    contract.future_does_not_leak,
     contract.packed_equals_separate,
     contract.bfloat16_is_close,
     contract.extremes_are_finite,
