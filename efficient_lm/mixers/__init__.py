@@ -8,5 +8,17 @@ from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig as GatedDeltaNetConfig
 from efficient_lm.mixers.gla import GLA as GLA
 from efficient_lm.mixers.gla import GLAConfig as GLAConfig
+from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2
+from efficient_lm.mixers.hgrn2 import HGRN2Config as HGRN2Config
+from efficient_lm.mixers.lightning import Lightning as Lightning
+from efficient_lm.mixers.lightning import LightningConfig as LightningConfig
+from efficient_lm.mixers.linear_transformer import LinearTransformer as LinearTransformer
+from efficient_lm.mixers.linear_transformer import LinearTransformerConfig as LinearTransformerConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
 from efficient_lm.mixers.mamba2 import Mamba2Config as Mamba2Config
+from efficient_lm.mixers.mlstm import MLSTM as MLSTM
+from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
+from efficient_lm.mixers.retnet import RetNet as RetNet
+from efficient_lm.mixers.retnet import RetNetConfig as RetNetConfig
+from efficient_lm.mixers.rwkv6 import RWKV6 as RWKV6
+from efficient_lm.mixers.rwkv6 import RWKV6Config as RWKV6Config

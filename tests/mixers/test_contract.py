@@ -9,7 +9,20 @@ import pytest
 from flax import nnx
 
 from efficient_lm import mixers
-from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, Mixer, MixerConfig
+from efficient_lm.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    HGRN2Config,
+    LightningConfig,
+    LinearTransformerConfig,
+    Mamba2Config,
+    Mixer,
+    MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RWKV6Config,
+)
 from efficient_lm.sharding import shard
 
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
@@ -18,6 +31,12 @@ TINY = [
     AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=7, sink_logits=True, soft_cap=5.0),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
+    HGRN2Config(num_heads=2, key_dim=8, value_dim=16, lower_bound=0.25),
+    LightningConfig(num_heads=4, key_dim=8, value_dim=16, slope_scale=0.5),
+    LinearTransformerConfig(num_heads=2, key_dim=8, value_dim=16),
+    MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
+    RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
+    RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
 ]
 
