@@ -8,5 +8,11 @@ from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig as GatedDeltaNetConfig
 from efficient_lm.mixers.gla import GLA as GLA
 from efficient_lm.mixers.gla import GLAConfig as GLAConfig
+from efficient_lm.mixers.hgrn import HGRN as HGRN
+from efficient_lm.mixers.hgrn import HGRNConfig as HGRNConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
 from efficient_lm.mixers.mamba2 import Mamba2Config as Mamba2Config
+from efficient_lm.mixers.rglru import RGLRU as RGLRU
+from efficient_lm.mixers.rglru import RGLRUConfig as RGLRUConfig
+from efficient_lm.mixers.s4d import S4D as S4D
+from efficient_lm.mixers.s4d import S4DConfig as S4DConfig

@@ -43,7 +43,9 @@ def diagonal_scan(
     """
     check_impl("diagonal_scan", impl, ("ref", *FORWARD))
     if x.ndim < 2 or a.shape not in (x.shape, x.shape[2:]):
-        raise ValueError(f"diagonal_scan: a {a.shape} must have the shape of x {x.shape}, all of it or that after [B T]")
+        raise ValueError(
+            f"diagonal_scan: a {a.shape} must have the shape of x {x.shape}, all of it or that after [B T]"
+        )
     B, T, *width = x.shape
     check_shapes("diagonal_scan", {"state": (state, (B, *width)), "segment_ids": (segment_ids, (B, T))})
     if jnp.iscomplexobj(a) or jnp.iscomplexobj(x):

@@ -1,3 +1,10 @@
-def unsupported(a,x): return "x"
-def forward(): pass
-def backward(): pass
+def unsupported(a, x):
+    return "x"
+
+
+def forward():
+    pass
+
+
+def backward():
+    pass

@@ -65,7 +65,9 @@ def test_agrees_with_the_definition(T, width, dtype, per_token, packed, state, r
     recurrent.check(got, want)
     if packed:
         for name in ("o", "dx", "da")[: 3 if per_token else 2]:
-            assert not np.any(np.moveaxis(got[name], 0, -1)[ids == 0] if dtype == jnp.complex64 else got[name][ids == 0])
+            assert not np.any(
+                np.moveaxis(got[name], 0, -1)[ids == 0] if dtype == jnp.complex64 else got[name][ids == 0]
+            )
 
 
 @pytest.mark.parametrize("impl", ["ref", "xla"])

@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 from efficient_lm import mixers
-from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, Mixer, MixerConfig
+from efficient_lm.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    HGRNConfig,
+    Mamba2Config,
+    Mixer,
+    MixerConfig,
+    RGLRUConfig,
+    S4DConfig,
+)
 from efficient_lm.sharding import shard
 
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
@@ -18,7 +28,10 @@ TINY = [
     AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=7, sink_logits=True, soft_cap=5.0),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
+    HGRNConfig(width=48, min_decay=0.25),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+    RGLRUConfig(width=48, num_heads=4),
+    S4DConfig(state_dim=6),
 ]
 
 

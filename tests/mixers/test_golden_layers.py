@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, MixerConfig
+from efficient_lm.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    HGRNConfig,
+    Mamba2Config,
+    MixerConfig,
+    RGLRUConfig,
+    S4DConfig,
+)
 from efficient_lm.rotary import Llama3Scaling, RotaryConfig
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -145,6 +154,54 @@ def gla(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     }
 
 
+def rglru(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    config = RGLRUConfig(
+        width=settings["lru_width"], num_heads=settings["num_attention_heads"], conv_size=settings["conv1d_width"]
+    )
+    return config, {
+        "x_proj.kernel": p["linear_x.weight"].T,
+        "x_bias": p["linear_x.bias"],
+        "gate_proj.kernel": p["linear_y.weight"].T,
+        "gate_bias": p["linear_y.bias"],
+        "conv.kernel": p["conv_1d.weight"][:, 0],
+        "conv.bias": p["conv_1d.bias"],
+        "input_gate.kernel": p["rg_lru.input_gate_weight"],
+        "input_gate_bias": p["rg_lru.input_gate_bias"],
+        "decay_gate.kernel": p["rg_lru.recurrent_gate_weight"],
+        "decay_gate_bias": p["rg_lru.recurrent_gate_bias"],
+        "decay": p["rg_lru.recurrent_param"],
+        "o_proj.kernel": p["linear_out.weight"].T,
+        "o_bias": p["linear_out.bias"],
+    }
+
+
+def hgrn(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    width = settings["hidden_size"] * settings["expand_ratio"]
+    return HGRNConfig(width=width, min_decay=settings["lower_bound"]), {
+        "x_proj.kernel": p["i_proj.weight"].T,
+        "forget_proj.kernel": p["f_proj.weight"].T,
+        "gate_proj.kernel": p["g_proj.weight"].T,
+        "norm.norm.scale": p["g_norm.weight"],
+        "o_proj.kernel": p["o_proj.weight"].T,
+    }
+
+
+def s4d(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    out, gate = split(p["output_linear.weight"], *[settings["hidden_size"]] * 2, axis=0)
+    out_bias, gate_bias = split(p["output_linear.bias"], *[settings["hidden_size"]] * 2)
+    return S4DConfig(state_dim=settings["d_state"] // 2), {
+        "log_dt": p["log_dt"],
+        "log_decay": p["log_A_real"],
+        "frequency": p["A_imag"],
+        "C": p["C"],
+        "skip": p["D"],
+        "o_proj.kernel": out.T,
+        "o_bias": out_bias,
+        "gate_proj.kernel": gate.T,
+        "gate_bias": gate_bias,
+    }
+
+
 CASES = {
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
     "layer_qwen3_next_attention": qwen3_next_attention,
@@ -152,6 +209,9 @@ CASES = {
     "layer_mamba2": mamba2,
     "layer_mamba2_groups": mamba2,
     "layer_gla": gla,
+    "layer_recurrent_gemma": rglru,
+    "layer_hgrn": hgrn,
+    "layer_s4d": s4d,
 }
 
 
