@@ -14,7 +14,7 @@ Residuals are the inputs and the state before each chunk of `CHUNK` tokens, `sta
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64
+CHUNK = 128
 IN_TURN = ("cpu",)  # platforms
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import diagonal_scan
 from pallas_kernels.diagonal_scan import xla
@@ -68,6 +69,30 @@ def test_agrees_with_the_definition(T, width, dtype, per_token, packed, state, r
             assert not np.any(
                 np.moveaxis(got[name], 0, -1)[ids == 0] if dtype == jnp.complex64 else got[name][ids == 0]
             )
+
+
+@pytest.mark.parametrize(
+    ("T", "width", "dtype", "per_token", "packed", "reverse"),
+    [
+        (3, (), jnp.complex64, True, True, False),
+        (200, (5,), jnp.float32, True, True, False),
+        (300, (4, 150), jnp.float32, False, True, True),
+        (200, (3,), jnp.complex64, False, False, False),
+        (200, (2, 3), jnp.complex64, True, True, True),
+        (200, (130,), jnp.bfloat16, True, True, False),
+    ],
+)
+def test_tpu_kernel_interpreted(T, width, dtype, per_token, packed, reverse):
+    ids = documents(T) if packed else None
+    args = arguments(T, width, dtype=dtype, per_token=per_token)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        got = run("tpu", args, ids, reverse)
+    want = run("ref", args, ids, reverse)
+    if dtype == jnp.bfloat16:
+        # Both compute in float32 and round once: within half a unit in the last place of 8 bits.
+        assert all(recurrent.error(got[name], want[name]) < 4e-3 for name in want)
+    else:
+        recurrent.check(got, want)
 
 
 @pytest.mark.parametrize("impl", ["ref", "xla"])
