@@ -1,9 +1,11 @@
 """The diagonal scan on TPU: channels on lanes, tokens on sublanes, one chunk of tokens after the other.
 
-Eight tokens at a time, a register of each 128 channels: three steps of doubling combine the maps of the tokens before,
-and the state that came to the eight is added last, so that only one product and one sum wait for the eight before.
-Backward makes the states of its chunk again in VMEM, then walks from the other end; see `xla.py` for the formulas, and
-for the residuals, which are the same. Complex numbers are pairs of arrays; real ones are tuples of one.
+Eight tokens at a time, a register for each 128 channels, go through three steps of doubling. Backward makes the states
+of its chunk again in VMEM, then walks from the other end. The formulas, and the residuals, are those of `xla.py`.
+Complex numbers are pairs of arrays, real ones tuples of one.
+
+What bounds it is memory: by the compiler's schedule for v5e the arithmetic takes half of the time that a, x and h
+need to come and go.
 """
 
 import functools
@@ -15,11 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.diagonal_scan.xla import CHUNK
 
-type Parts = tuple[jax.Array, ...]  # real, or real and imaginary
+type Parts = tuple[jax.Array, ...]  # Real, or real and imaginary.
 
-GROUP = 8  # sublanes
-PAIR = 16  # rows of a bfloat16 tile
-LANES = 512
+GROUP = 8  # Tokens in a register.
+LANES = 1024  # Channels in a block: eight registers that do not wait for one another.
 
 
 def unsupported(a, x):
@@ -32,155 +33,138 @@ def unsupported(a, x):
 
 def forward(reverse, a, x, marks_BT, state_BW):
     """Returns (h, state) and residuals, as `xla.forward`."""
-    call = _Call(reverse, x, a.ndim == 1)
-    h, states, last = call(
-        _forward_kernel,
-        name="diagonal_scan_forward",
-        ins=[call.marks(marks_BT), call.decays(a), call.tokens(x), call.states(state_BW[:, None])],
-        outs=[call.tokens_out(x.dtype), call.borders_out(), call.states_out()],
+    B, T, W = x.shape
+    block = _Blocks(x, reverse)
+    h, states, last = block.call(
+        functools.partial(_forward_kernel, reverse),
+        "diagonal_scan_forward",
+        block.marks(marks_BT),
+        [(a[None], block.same) if a.ndim == 1 else (a, block.tokens), (x, block.tokens), (state_BW[:, None], block.row)],
+        [((B, T, W), x.dtype, block.tokens), ((block.C, B, 1, W), None, block.border), ((B, 1, W), None, block.row)],
     )
-    return (call.whole(h), call.whole(last)[:, 0]), (a, x, marks_BT, call.whole(states)[:, :, 0])
+    return (h, last[:, 0]), (a, x, marks_BT, states[:, :, 0])
 
 
 def backward(reverse, residuals, cotangents):
     """Returns the gradients of a, x and state."""
     a, x, marks_BT, states_CBW = residuals
     dh, dlast_BW = cotangents
-    call = _Call(not reverse, x, a.ndim == 1)
-    da, dx, dstate = call(
-        _backward_kernel,
-        name="diagonal_scan_backward",
-        ins=[
-            *(call.marks(marks_BT), call.decays(a), call.tokens(x), call.tokens(dh)),
-            *(call.borders(states_CBW[:, :, None]), call.states(dlast_BW[:, None])),
+    B, T, W = x.shape
+    constant = a.ndim == 1
+    block = _Blocks(x, not reverse)
+    da, dx, dstate = block.call(
+        functools.partial(_backward_kernel, reverse, constant),
+        "diagonal_scan_backward",
+        block.marks(marks_BT),
+        [
+            *((a[None], block.same) if constant else (a, block.tokens), (x, block.tokens), (dh, block.tokens)),
+            *((states_CBW[:, :, None], block.border), (dlast_BW[:, None], block.row)),
         ],
-        outs=[call.states_out() if a.ndim == 1 else call.tokens_out(a.dtype), call.tokens_out(x.dtype), call.states_out()],
-        keeps_states=True,
+        [
+            ((B, GROUP, W), None, block.group) if constant else ((B, T, W), a.dtype, block.tokens),
+            *(((B, T, W), x.dtype, block.tokens), ((B, 1, W), None, block.row)),
+        ],
+        scratch_rows=CHUNK,
     )
-    da = call.whole(da)
-    return jnp.sum(da, axis=(0, 1)).astype(a.dtype) if a.ndim == 1 else da, call.whole(dx), call.whole(dstate)[:, 0]
+    return jnp.sum(da, axis=(0, 1)).astype(a.dtype) if constant else da, dx, dstate[:, 0]
 
 
-class _Call:
-    """A grid over rows, blocks of channels, and chunks in the order in which they are walked."""
+class _Blocks:
+    """The grid, rows by blocks of channels by chunks in the order of the walk, and what of an array each step sees."""
 
-    def __init__(self, reverse, x, constant):
-        self.reverse, self.constant = reverse, constant
-        self.shape, self.is_complex = x.shape, jnp.iscomplexobj(x)
-        self.num_chunks = -(-x.shape[1] // CHUNK)
-        self.width = min(x.shape[2], LANES)
-        at = lambda c: self.num_chunks - 1 - c if reverse else c
-        W = self.width
-        self._token_spec = pl.BlockSpec((None, CHUNK, W), lambda b, w, c: (b, at(c), w))
-        self._state_spec = pl.BlockSpec((None, 1, W), lambda b, w, c: (b, 0, w))
-        self._border_spec = pl.BlockSpec((None, None, 1, W), lambda b, w, c: (at(c), b, 0, w))
-        self._decay_spec = pl.BlockSpec((1, W), lambda b, w, c: (0, w))
-        self._mark_spec = pl.BlockSpec((None, 1, CHUNK), lambda b, w, c: (b, 0, at(c)))
-
-    def _parts(self, x) -> Parts:
-        return (x.real, x.imag) if self.is_complex else (x,)
-
-    def _in(self, x, spec):
-        parts = self._parts(x)
-        return parts, (spec,) * len(parts)
+    def __init__(self, x, reverse):
+        B, T, W = x.shape
+        self.C, self.W, self.is_complex = pl.cdiv(T, CHUNK), min(W, LANES), jnp.iscomplexobj(x)
+        self.grid = B, pl.cdiv(W, self.W), self.C
+        at = lambda c: self.C - 1 - c if reverse else c
+        self.tokens = pl.BlockSpec((None, CHUNK, self.W), lambda b, w, c: (b, at(c), w))
+        self.border = pl.BlockSpec((None, None, 1, self.W), lambda b, w, c: (at(c), b, 0, w))
+        self.row = pl.BlockSpec((None, 1, self.W), lambda b, w, c: (b, 0, w))
+        self.group = pl.BlockSpec((None, GROUP, self.W), lambda b, w, c: (b, 0, w))
+        self.same = pl.BlockSpec((1, self.W), lambda b, w, c: (0, w))
+        self.marks_spec = pl.BlockSpec((None, 1, CHUNK), lambda b, w, c: (b, 0, at(c)))
 
     def marks(self, marks_BT):
-        """Beyond the last token there is padding."""
-        T = marks_BT.shape[1]
-        return jnp.pad(marks_BT, ((0, 0), (0, -T % CHUNK)))[:, None].astype(jnp.float32), self._mark_spec
+        """Padding follows the last token, whatever the blocks of x hold there."""
+        return jnp.pad(marks_BT, ((0, 0), (0, -marks_BT.shape[1] % CHUNK)))[:, None].astype(jnp.float32)
 
-    def decays(self, a):
-        return self._in(a[None], self._decay_spec) if self.constant else self._in(a, self._token_spec)
+    def call(self, kernel, name, marks_B1T, ins, outs, scratch_rows=0):
+        """Runs the kernel on `ins`, pairs of an array and its blocks; `outs` are shapes, dtypes and blocks.
 
-    def tokens(self, x_BTW):
-        return self._in(x_BTW, self._token_spec)
-
-    def states(self, state_B1W):
-        return self._in(state_B1W, self._state_spec)
-
-    def borders(self, states_CB1W):
-        return self._in(states_CB1W, self._border_spec)
-
-    def _out(self, shape, dtype, spec):
-        dtype = jnp.float32 if self.is_complex else dtype
+        No dtype is that of states, float32 or complex64.
+        """
         count = 2 if self.is_complex else 1
-        return (jax.ShapeDtypeStruct(shape, dtype),) * count, (spec,) * count
-
-    def tokens_out(self, dtype):
-        return self._out(self.shape, dtype, self._token_spec)
-
-    def states_out(self):
-        return self._out((self.shape[0], 1, self.shape[2]), jnp.float32, self._state_spec)
-
-    def borders_out(self):
-        return self._out((self.num_chunks, self.shape[0], 1, self.shape[2]), jnp.float32, self._border_spec)
-
-    def whole(self, parts: Parts) -> jax.Array:
-        return jax.lax.complex(*parts) if self.is_complex else parts[0]
-
-    def __call__(self, kernel, *, name, ins, outs, keeps_states=False):
-        count, W = 2 if self.is_complex else 1, self.width
-        args, in_specs = zip(*ins, strict=True)
-        out_shape, out_specs = zip(*outs, strict=True)
-        scratch = [pltpu.VMEM((CHUNK, 128), jnp.float32), (pltpu.VMEM((1, W), jnp.float32),) * count]
-        if keeps_states:
-            scratch.append((pltpu.VMEM((CHUNK, W), jnp.float32),) * count)
-        return pl.pallas_call(
-            functools.partial(kernel, self.reverse),
+        parts = lambda x: (x.real, x.imag) if self.is_complex else (x,)
+        dtype = lambda dtype: jnp.float32 if self.is_complex or dtype is None else dtype
+        outputs = pl.pallas_call(
+            kernel,
             name=name,
-            grid=(self.shape[0], pl.cdiv(self.shape[2], W), self.num_chunks),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            scratch_shapes=scratch,
+            grid=self.grid,
+            in_specs=(self.marks_spec, *((spec,) * count for _, spec in ins)),
+            out_specs=tuple((spec,) * count for *_, spec in outs),
+            out_shape=tuple((jax.ShapeDtypeStruct(shape, dtype(kind)),) * count for shape, kind, _ in outs),
+            scratch_shapes=(
+                pltpu.VMEM((CHUNK, 128), jnp.float32),
+                (pltpu.VMEM((1, self.W), jnp.float32),) * count,
+                *((pltpu.VMEM((rows, self.W), jnp.float32),) * count for rows in (scratch_rows,) if rows),
+            ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        )(*args)
+        )(marks_B1T, *(parts(x) for x, _ in ins))
+        return tuple(jax.lax.complex(*x) if self.is_complex else x[0] for x in outputs)
 
 
 def _forward_kernel(reverse, marks_1L, a, x, state, h, states, last, marks_L1, carry):
     _begin(marks_1L, marks_L1, state, carry)
-    _store(states, slice(None), _load(carry, slice(None)))
+    _store(states, slice(None), _load(carry))
 
     def group(rows, carried):
         mark_81 = marks_L1[rows, :1]
         keep, write = _effect(mark_81, _load(a, rows), _load(x, rows))
         after, _, carried = _walk(keep, write, carried, reverse)
-        _store(h, rows, tuple(jnp.where(mark_81 > 0, part, 0) for part in after))
+        _store(h, rows, _where(mark_81 > 0, after))
         return carried
 
-    _end(_groups(reverse, group, _load(carry, slice(None))), carry, last)
+    _end(_groups(group, _load(carry), reverse), carry, last)
 
 
-def _backward_kernel(reverse, marks_1L, a, x, dh, states, dlast, da, dx, dstate, marks_L1, carry, before):
+def _backward_kernel(
+    reverse, constant, marks_1L, a, x, dh, states, dlast, da, dx, dstate, marks_L1, carry, before
+):
     _begin(marks_1L, marks_L1, dlast, carry)
+    if constant:
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            for ref in da:
+                ref[...] = jnp.zeros_like(ref)
 
     def again(rows, carried):
         keep, write = _effect(marks_L1[rows, :1], _load(a, rows), _load(x, rows))
-        _, parts, carried = _walk(keep, write, carried, not reverse)
+        _, parts, carried = _walk(keep, write, carried, reverse)
         _store(before, rows, parts)
         return carried
 
-    _groups(not reverse, again, _load(states, slice(None)))
+    _groups(again, _load(states), reverse)
 
     def group(rows, carried):
         mark_81 = marks_L1[rows, :1]
         keep, d = _effect(mark_81, _load(a, rows), _load(dh, rows))
-        _, u, carried = _walk(keep, _multiply(keep, d), carried, reverse)
+        _, u, carried = _walk(keep, _multiply(keep, d), carried, not reverse)
         d = _add(u, d)
-        _store(dx, rows, tuple(jnp.where(mark_81 > 0, part, 0) for part in d))
-        d = tuple(jnp.where(mark_81 == 1, part, 0) for part in _multiply(d, _load(before, rows)))
-        _store(da, rows, d)
+        _store(dx, rows, _where(mark_81 > 0, d))
+        d = _where(mark_81 == 1, _multiply(d, _load(before, rows)))
+        _store(da, slice(None) if constant else rows, _add(d, _load(da)) if constant else d)
         return carried
 
-    _end(_groups(reverse, group, _load(carry, slice(None))), carry, dstate)
+    _end(_groups(group, _load(carry), not reverse), carry, dstate)
 
 
 def _begin(marks_1L, marks_L1, state, carry):
-    marks_L1[...] = jnp.broadcast_to(marks_1L[...], (128, CHUNK)).T
+    marks_L1[...] = jnp.broadcast_to(marks_1L[...], (marks_L1.shape[1], CHUNK)).T
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        _store(carry, slice(None), _load(state, slice(None)))
+        _store(carry, slice(None), _load(state))
 
 
 def _end(carried, carry, last):
@@ -188,37 +172,39 @@ def _end(carried, carry, last):
     _store(last, slice(None), carried)
 
 
-def _groups(reverse, group, carried):
-    """Calls `carried = group(rows, carried)` for all rows of the chunk, eight by eight."""
+def _groups(group, carried, reverse):
+    """Calls `carried = group(rows, carried)` for each eight rows of the chunk."""
 
-    def pair(i, carried):
-        i = CHUNK // GROUP - 1 - i if reverse else i
-        return group(pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP), carried)
+    def step(i, carried):
+        start = (CHUNK // GROUP - 1 - i if reverse else i) * GROUP
+        return group(pl.ds(pl.multiple_of(start, GROUP), GROUP), carried)
 
-    return jax.lax.fori_loop(0, CHUNK // GROUP, pair, carried, unroll=2)
+    return jax.lax.fori_loop(0, CHUNK // GROUP, step, carried, unroll=2)
 
 
 def _effect(mark_81, a: Parts, x: Parts) -> tuple[Parts, Parts]:
-    """Returns what each token leaves of the state, and what it adds: by its mark, or by a and x."""
-    one = jnp.where(mark_81 == 0, 1.0, 0.0)
-    keep = tuple(jnp.where(mark_81 == 1, part, 0.0 if i else one) for i, part in enumerate(a))
-    return keep, tuple(jnp.where(mark_81 > 0, part, 0) for part in x)
+    """Returns what each token leaves of the state and what it adds: padding all and nothing, a first token nothing."""
+    rest = jnp.where(mark_81 == 0, 1.0, 0.0), 0.0
+    keep = tuple(jnp.where(mark_81 == 1, part, other) for part, other in zip(a, rest, strict=False))
+    return keep, _where(mark_81 > 0, x)
 
 
 def _walk(a: Parts, x: Parts, state: Parts, reverse: bool) -> tuple[Parts, Parts, Parts]:
-    """Returns the states after and before each of eight tokens, and that after all."""
-    W = x[0].shape[1]
-    row = jax.lax.broadcasted_iota(jnp.int32, (GROUP, W), 0)
-    shift = lambda parts, s: tuple(pltpu.roll(part, GROUP - s if reverse else s, axis=0) for part in parts)
-    for s in (1, 2, 4):
-        has_before = row < GROUP - s if reverse else row >= s
-        x = _add(x, _multiply(tuple(jnp.where(has_before, part, 0) for part in a), shift(x, s)))
-        a = tuple(jnp.where(has_before, new, old) for new, old in zip(_multiply(a, shift(a, s)), a, strict=True))
-    after = _add(x, _multiply(a, state))
-    last = tuple(part[:1] if reverse else part[-1:] for part in after)
+    """Returns the states after and before each of eight tokens, and that after all of them."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (GROUP, x[0].shape[1]), 0)
     is_first = row == (GROUP - 1 if reverse else 0)
-    before = tuple(jnp.where(is_first, old, new) for old, new in zip(state, shift(after, 1), strict=True))
-    return after, before, last
+    shift = lambda parts, s: tuple(pltpu.roll(part, GROUP - s if reverse else s, axis=0) for part in parts)
+    # The state becomes part of what the first token adds. With nothing else to come to it, its decay is 0 from here on,
+    # and so is every product of decays that would reach around the end of the eight.
+    x = _add(x, _multiply(_where(is_first, a), state))
+    a = _where(~is_first, a)
+    x = _add(x, _multiply(a, shift(x, 1)))
+    a = _multiply(a, shift(a, 1))
+    x = _add(x, _multiply(a, shift(x, 2)))
+    a = _multiply(a, shift(a, 2))
+    x = _add(x, _multiply(a, shift(x, 4)))
+    before = tuple(jnp.where(is_first, old, new) for old, new in zip(state, shift(x, 1), strict=True))
+    return x, before, tuple(part[:1] if reverse else part[-1:] for part in x)
 
 
 def _multiply(a: Parts, b: Parts) -> Parts:
@@ -231,8 +217,13 @@ def _add(a: Parts, b: Parts) -> Parts:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def _load(refs, rows) -> Parts:
-    return tuple((ref[...] if ref.shape[0] == 1 else ref[rows, :]).astype(jnp.float32) for ref in refs)
+def _where(condition, parts: Parts) -> Parts:
+    return tuple(jnp.where(condition, part, 0) for part in parts)
+
+
+def _load(refs, rows=slice(None)) -> Parts:
+    """Reads rows of arrays in float32; all there is of arrays that are the same for all tokens."""
+    return tuple(ref[slice(None) if ref.shape[0] == 1 else rows, :].astype(jnp.float32) for ref in refs)
 
 
 def _store(refs, rows, parts: Parts) -> None:
