@@ -8,6 +8,8 @@ from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig as GatedDeltaNetConfig
 from efficient_lm.mixers.gla import GLA as GLA
 from efficient_lm.mixers.gla import GLAConfig as GLAConfig
+from efficient_lm.mixers.hgrn import HGRN as HGRN
+from efficient_lm.mixers.hgrn import HGRNConfig as HGRNConfig
 from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2
 from efficient_lm.mixers.hgrn2 import HGRN2Config as HGRN2Config
 from efficient_lm.mixers.lightning import Lightning as Lightning
@@ -20,5 +22,9 @@ from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
 from efficient_lm.mixers.retnet import RetNet as RetNet
 from efficient_lm.mixers.retnet import RetNetConfig as RetNetConfig
+from efficient_lm.mixers.rglru import RGLRU as RGLRU
+from efficient_lm.mixers.rglru import RGLRUConfig as RGLRUConfig
 from efficient_lm.mixers.rwkv6 import RWKV6 as RWKV6
 from efficient_lm.mixers.rwkv6 import RWKV6Config as RWKV6Config
+from efficient_lm.mixers.s4d import S4D as S4D
+from efficient_lm.mixers.s4d import S4DConfig as S4DConfig

@@ -14,6 +14,7 @@ from efficient_lm.mixers import (
     GatedDeltaNetConfig,
     GLAConfig,
     HGRN2Config,
+    HGRNConfig,
     LightningConfig,
     LinearTransformerConfig,
     Mamba2Config,
@@ -21,7 +22,9 @@ from efficient_lm.mixers import (
     MixerConfig,
     MLSTMConfig,
     RetNetConfig,
+    RGLRUConfig,
     RWKV6Config,
+    S4DConfig,
 )
 from efficient_lm.sharding import shard
 
@@ -37,7 +40,10 @@ TINY = [
     MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
     RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
     RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
+    HGRNConfig(width=48, lower_bound=0.25),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+    RGLRUConfig(width=48, num_heads=4),
+    S4DConfig(state_size=6),
 ]
 
 
