@@ -11,7 +11,7 @@ import pytest
 import pallas_kernels as kernels
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-OPS = ["linear_attention", "delta_rule", "short_conv", "attention", "linear_cross_entropy"]
+OPS = ["linear_attention", "delta_rule", "selective_scan", "short_conv", "attention", "linear_cross_entropy"]
 CASES = [(op, path.stem) for op in OPS for path in sorted(GOLDEN.glob(f"{op}*.npz"))]
 
 

@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 
 from efficient_lm import mixers
-from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, Mixer, MixerConfig
+from efficient_lm.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    Mamba2Config,
+    MambaConfig,
+    Mixer,
+    MixerConfig,
+)
 from efficient_lm.sharding import shard
 
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
@@ -19,6 +27,7 @@ TINY = [
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+    MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
 ]
 
 

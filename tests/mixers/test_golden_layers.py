@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, MixerConfig
+from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig, GLAConfig, Mamba2Config, MambaConfig, MixerConfig
 from efficient_lm.rotary import Llama3Scaling, RotaryConfig
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -101,6 +101,31 @@ def llama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]
     }
 
 
+def mamba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    F, H, R = p["D"].shape[0], p["A_log"].shape[1], p["dt_proj.weight"].shape[1]
+    x, gate = split(p["in_proj.weight"], F, F, axis=0)
+    norms = {
+        f"{ours}_norm.scale": p[f"{theirs}_layernorm.weight"]
+        for ours, theirs in (("dt", "dt"), ("B", "b"), ("C", "c"))
+        if f"{theirs}_layernorm.weight" in p
+    }
+    config = MambaConfig(
+        d_inner=F, dt_rank=R, state_size=H, conv_size=p["conv1d.weight"].shape[2], inner_norms=len(norms) > 0
+    )
+    return config, norms | {
+        "in_proj.kernel": x.T,
+        "gate_proj.kernel": gate.T,
+        "conv.kernel": p["conv1d.weight"][:, 0],
+        "conv.bias": p["conv1d.bias"],
+        "x_proj.kernel": p["x_proj.weight"].T,
+        "dt_proj.kernel": p["dt_proj.weight"].T,
+        "dt_bias": p["dt_proj.bias"],
+        "A_log": p["A_log"],
+        "skip": p["D"],
+        "out_proj.kernel": p["out_proj.weight"].T,
+    }
+
+
 def mamba2(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     N, K, H, P = (settings[name] for name in ("num_heads", "n_groups", "state_size", "head_dim"))
     W = settings["conv_kernel"]
@@ -149,6 +174,8 @@ CASES = {
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
     "layer_qwen3_next_attention": qwen3_next_attention,
     "layer_llama_attention": llama_attention,
+    "layer_mamba": mamba,
+    "layer_jamba": mamba,
     "layer_mamba2": mamba2,
     "layer_mamba2_groups": mamba2,
     "layer_gla": gla,
