@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.common.documents import fill_padding
 from pallas_kernels.common.shapes import check_shapes
-from pallas_kernels.selective_scan import ref, xla
+from pallas_kernels.selective_scan import ref, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
 
 
 def selective_scan(
@@ -73,8 +72,8 @@ def selective_scan(
 
 def _marks(ids_BT: jax.Array) -> jax.Array:
     """Returns 0 for padding, 2 for the first token of each document but the row's first, 1 for all other tokens."""
-    filled_BT = fill_padding(ids_BT)
-    starts_BT = jnp.diff(filled_BT, axis=1, prepend=filled_BT[:, :1]) > 0
+    seen_BT = jnp.pad(jax.lax.cummax(ids_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = (seen_BT > 0) & (ids_BT > seen_BT)
     return jnp.where(ids_BT > 0, 1 + starts_BT, 0).astype(jnp.int32)
 
 
