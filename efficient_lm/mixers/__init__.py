@@ -16,6 +16,8 @@ from efficient_lm.mixers.lightning import Lightning as Lightning
 from efficient_lm.mixers.lightning import LightningConfig as LightningConfig
 from efficient_lm.mixers.linear_transformer import LinearTransformer as LinearTransformer
 from efficient_lm.mixers.linear_transformer import LinearTransformerConfig as LinearTransformerConfig
+from efficient_lm.mixers.mamba import Mamba as Mamba
+from efficient_lm.mixers.mamba import MambaConfig as MambaConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
 from efficient_lm.mixers.mamba2 import Mamba2Config as Mamba2Config
 from efficient_lm.mixers.mlstm import MLSTM as MLSTM

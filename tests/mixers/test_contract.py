@@ -18,6 +18,7 @@ from efficient_lm.mixers import (
     LightningConfig,
     LinearTransformerConfig,
     Mamba2Config,
+    MambaConfig,
     Mixer,
     MixerConfig,
     MLSTMConfig,
@@ -44,6 +45,7 @@ TINY = [
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
     RGLRUConfig(width=48, num_heads=4),
     S4DConfig(state_size=6),
+    MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
 ]
 
 

@@ -25,6 +25,7 @@ from efficient_lm.mixers import (
     LightningConfig,
     LinearTransformerConfig,
     Mamba2Config,
+    MambaConfig,
     MixerConfig,
     MLSTMConfig,
     RetNetConfig,
@@ -113,6 +114,31 @@ def llama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]
         "k_proj.kernel": heads_in(p["k_proj.weight"], K),
         "v_proj.kernel": heads_in(p["v_proj.weight"], K),
         "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def mamba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    F, H, R = p["D"].shape[0], p["A_log"].shape[1], p["dt_proj.weight"].shape[1]
+    x, gate = split(p["in_proj.weight"], F, F, axis=0)
+    norms = {
+        f"{ours}_norm.scale": p[f"{theirs}_layernorm.weight"]
+        for ours, theirs in (("dt", "dt"), ("B", "b"), ("C", "c"))
+        if f"{theirs}_layernorm.weight" in p
+    }
+    config = MambaConfig(
+        d_inner=F, dt_rank=R, state_size=H, conv_size=p["conv1d.weight"].shape[2], inner_norms=len(norms) > 0
+    )
+    return config, norms | {
+        "in_proj.kernel": x.T,
+        "gate_proj.kernel": gate.T,
+        "conv.kernel": p["conv1d.weight"][:, 0],
+        "conv.bias": p["conv1d.bias"],
+        "x_proj.kernel": p["x_proj.weight"].T,
+        "dt_proj.kernel": p["dt_proj.weight"].T,
+        "dt_bias": p["dt_proj.bias"],
+        "A_log": p["A_log"],
+        "skip": p["D"],
+        "out_proj.kernel": p["out_proj.weight"].T,
     }
 
 
@@ -306,6 +332,8 @@ CASES = {
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
     "layer_qwen3_next_attention": qwen3_next_attention,
     "layer_llama_attention": llama_attention,
+    "layer_mamba": mamba,
+    "layer_jamba": mamba,
     "layer_mamba2": mamba2,
     "layer_mamba2_groups": mamba2,
     "layer_gla": gla,
