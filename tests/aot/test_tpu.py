@@ -7,10 +7,19 @@ import sys
 import pytest
 
 
+def run(*arguments):
+    # In a process of its own: libtpu is loaded once, for good.
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_compiles(chip):
-    # In a process of its own: libtpu is loaded once, for good.
-    command = [sys.executable, "-m", "tests.aot.gate", chip]
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("tests.aot.gate", chip)
+
+
+@pytest.mark.slow
+def test_memory_is_linear():
+    run("tests.aot.memory")
