@@ -22,4 +22,4 @@ def test_compiles(chip):
 
 @pytest.mark.slow
 def test_memory_is_linear():
-    run("tests.aot.memory")
+    run("tests.aot.memory", "1024", "8192")
