@@ -40,7 +40,7 @@ def forward(reverse, a, x, marks_BT, state_BW):
         "diagonal_scan_forward",
         block.marks(marks_BT),
         [
-            (a[None], block.same) if a.ndim == 1 else (a, block.tokens),
+            block.decays(a),
             (x, block.tokens),
             (state_BW[:, None], block.row),
         ],
