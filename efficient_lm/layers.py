@@ -109,6 +109,11 @@ def rms_normalize(
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
 
 
+def layer_normalize(x: Float[Array, "*B P"], *, eps: float) -> Float[Array, "*B P"]:
+    """Shifts and scales the last dimension to a mean of zero and a variance of one."""
+    return rms_normalize(x - jnp.mean(x, axis=-1, keepdims=True), eps=eps)
+
+
 def unit_normalize(x: Float[Array, "*B H"], eps: float = 1e-6) -> Float[Array, "*B H"]:
     """Scales the last dimension to length one, in float32: `x / sqrt(|x|^2 + eps)`."""
     x32 = x.astype(jnp.float32)

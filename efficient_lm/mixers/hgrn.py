@@ -18,12 +18,12 @@ from efficient_lm.sharding import per_shard, shard
 class HGRNConfig(MixerConfig):
     width: int
     """Channels of the recurrence. The paper takes d_model."""
-    min_decay: float = 0.0
+    lower_bound: float = 0.0
     """Lower bound of the forget gates. The paper's bounds rise from 0 with the layer, so that upper layers see far."""
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "HGRN":
-        if not 0 <= self.min_decay < 1:
-            raise ValueError(f"min_decay={self.min_decay} is not in [0, 1)")
+        if not 0 <= self.lower_bound < 1:
+            raise ValueError(f"lower_bound={self.lower_bound} is not in [0, 1)")
         return HGRN(self, d_model, rngs=rngs)
 
 
@@ -57,7 +57,7 @@ class HGRN(Mixer):
         self, x: Float[Array, "B T D"], state: HGRNState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], HGRNState | None]:
         # What is not kept is what is written; sigmoid(-z) is 1 - sigmoid(z) without its rounding.
-        write_BTF = (1 - self.cfg.min_decay) * jax.nn.sigmoid(-self.forget_proj(x).astype(jnp.float32))
+        write_BTF = (1 - self.cfg.lower_bound) * jax.nn.sigmoid(-self.forget_proj(x).astype(jnp.float32))
         x_BTF = write_BTF * jax.nn.silu(self.x_proj(x).astype(jnp.float32))
 
         def op(a, x, state, segment_ids):

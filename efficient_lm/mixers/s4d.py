@@ -29,7 +29,7 @@ NUM_OSCILLATORS = 4096  # At a time: enough lanes for a TPU, and a small part of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class S4DConfig(MixerConfig):
-    state_dim: int = 32
+    state_size: int = 32
     """Oscillators of a channel: pairs of conjugate poles, N / 2 in the paper."""
     dt_min: float = 1e-3
     """Step sizes start between `dt_min` and `dt_max`; a channel's memory is about 2 / dt tokens long."""
@@ -51,7 +51,7 @@ class S4D(Mixer):
     """The channels of the model are those of the filters, F, and are split over `model` between the two."""
 
     def __init__(self, cfg: S4DConfig, d_model: int, *, rngs: nnx.Rngs):
-        D, F, H = d_model, d_model, cfg.state_dim
+        D, F, H = d_model, d_model, cfg.state_size
         self.cfg, self.width = cfg, F
         log_dt_F = jax.random.uniform(rngs.params(), (F,), jnp.float32, math.log(cfg.dt_min), math.log(cfg.dt_max))
         self.log_dt = nnx.Param(shard(log_dt_F, "F"))
@@ -69,12 +69,12 @@ class S4D(Mixer):
 
     def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> S4DState:
         del max_len, dtype  # The state does not grow, and keeps no activations.
-        return S4DState(shard(jnp.zeros((batch_size, self.width, self.cfg.state_dim), jnp.complex64), "BFH"))
+        return S4DState(shard(jnp.zeros((batch_size, self.width, self.cfg.state_size), jnp.complex64), "BFH"))
 
     def flops_per_token(self, seq_len: int) -> float:
         del seq_len
         # Per oscillator: a complex product and a sum, and the real part of another product.
-        return 13.0 * self.width * self.cfg.state_dim
+        return 13.0 * self.width * self.cfg.state_size
 
     @jax.named_scope("s4d")
     def __call__(

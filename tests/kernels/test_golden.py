@@ -11,7 +11,15 @@ import pytest
 import pallas_kernels as kernels
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-OPS = ["linear_attention", "delta_rule", "short_conv", "attention", "linear_cross_entropy", "diagonal_scan"]
+OPS = [
+    "linear_attention",
+    "delta_rule",
+    "diagonal_scan",
+    "selective_scan",
+    "short_conv",
+    "attention",
+    "linear_cross_entropy",
+]
 CASES = [(op, path.stem) for op in OPS for path in sorted(GOLDEN.glob(f"{op}*.npz"))]
 
 
