@@ -7,7 +7,7 @@ from efficient_lm.mixers import S4DConfig, s4d
 
 
 def test_channels_a_few_at_a_time(monkeypatch):
-    mixer = S4DConfig(state_dim=4).build(12, rngs=nnx.Rngs(0))
+    mixer = S4DConfig(state_size=4).build(12, rngs=nnx.Rngs(0))
     x_BTD, dy_BTD = jax.random.normal(jax.random.key(1), (2, 2, 20, 12))
     ids_BT = jnp.asarray([[1] * 8 + [2] * 12, [0] * 3 + [1] * 17])
     start = jax.tree.map(lambda h: h + 0.5, mixer.init_state(2, 20))
