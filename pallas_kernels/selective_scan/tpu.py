@@ -1,4 +1,4 @@
-"""The selective scan on TPU: what depends on channel and row goes through the vector unit, sums through the matrix unit.
+"""The selective scan on TPU: the vector unit does what differs by channel and row, the matrix unit all sums.
 
 A program holds the state of up to `MAX_TILES` times 128 channels, rows on sublanes, channels on lanes, and walks the
 tokens of its blocks one after another. Per token and tile it spends on the vector unit what differs in each entry, the
