@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.documents import clear_padding, fill_padding
 
@@ -19,9 +21,8 @@ _MIN_LOG = -128.0
 class Heads:
     """Blocks of `size` of the N heads of an array `[B T N width]`.
 
-    Where the width is 128 and the heads fill tiles, blocks are read as they lie in HBM, [T N 128]: a head's rows are
-    every N-th sublane, and bfloat16 heads come two by two in words of 32 bits. Otherwise XLA puts heads first, which
-    costs a pass over the array unless what made it can write it so.
+    Eight heads of width 128 are tiles: they are read as they lie in HBM, and kernels pick every eighth row. Others XLA
+    puts first, `[B N T width]`, which costs a pass over the array unless what made it can write it so.
     """
 
     size: int
@@ -31,77 +32,87 @@ class Heads:
 
     @property
     def in_place(self) -> bool:
-        return False
-
-    @property
-    def padded_width(self) -> int:
-        return self.width + -self.width % 64
+        return self.width == 128 and self.size == TILE
 
     def shape(self, B: int, T: int) -> jax.ShapeDtypeStruct:
-        shape = (B, T, self.num, self.width) if self.in_place else (B, self.num, T, self.padded_width)
-        return jax.ShapeDtypeStruct(shape, self.dtype)
+        in_place = B, T, self.num // self.size, self.size, self.width
+        return jax.ShapeDtypeStruct(in_place if self.in_place else (B, self.num, T, padded(self.width)), self.dtype)
 
-    def spec(self, tokens: int, index) -> pl.BlockSpec:
+    def spec(self, tokens: int, index: Callable[..., tuple]) -> pl.BlockSpec:
         """`index` gives the block's row, heads and tokens from the grid's indices."""
         if self.in_place:
 
             def in_place(*grid):
                 b, n, t = index(*grid)
-                return b, t, n, 0
+                return b, t, n, 0, 0
 
-            return pl.BlockSpec((1, tokens, self.size, self.width), in_place)
-        return pl.BlockSpec((None, self.size, tokens, self.padded_width), lambda *grid: (*index(*grid), 0))
+            return pl.BlockSpec((None, tokens, 1, self.size, self.width), in_place)
+        return pl.BlockSpec((None, self.size, tokens, padded(self.width)), lambda *grid: (*index(*grid), 0))
+
+    def words(self, tokens: int):
+        """Returns the scratch memory that `load` or `store` of one array wants."""
+        if not self.in_place:
+            return pltpu.VMEM((TILE, 128), jnp.float32)
+        if self.dtype == jnp.float32:
+            return pltpu.VMEM((tokens * self.size, self.width), jnp.float32)
+        return pltpu.VMEM((tokens * self.size // 2, self.width), jnp.int32)
 
     def pack(self, x_BTNW: jax.Array, T: int) -> jax.Array:
         """Returns x as the kernels take it, filled up to T tokens."""
         x_BTNW = jnp.pad(x_BTNW, ((0, 0), (0, T - x_BTNW.shape[1]), (0, 0), (0, 0)))
         if self.in_place:
-            return x_BTNW
-        return jnp.pad(jnp.moveaxis(x_BTNW, 2, 1), ((0, 0), (0, 0), (0, 0), (0, self.padded_width - self.width)))
+            return x_BTNW.reshape(self.shape(*x_BTNW.shape[:2]).shape)
+        return jnp.pad(jnp.moveaxis(x_BTNW, 2, 1), ((0, 0), (0, 0), (0, 0), (0, padded(self.width) - self.width)))
 
     def unpack(self, x: jax.Array, T: int) -> jax.Array:
         """Returns `[B T N width]` from what a kernel wrote."""
-        x_BTNW = x if self.in_place else jnp.moveaxis(x, 1, 2)
-        return x_BTNW[:, :T, :, : self.width]
+        if self.in_place:
+            return x.reshape(*x.shape[:2], self.num, self.width)[:, :T]
+        return jnp.moveaxis(x, 1, 2)[:, :T, :, : self.width]
 
 
-def load(ref, rows: slice) -> list[jax.Array]:
+def load(ref, words, rows: slice) -> list[jax.Array]:
     """Returns the heads of a block, each `[rows, width]`."""
     if len(ref.shape) == 3:
         return [ref[n, rows] for n in range(ref.shape[0])]
-    _, T, N, width = ref.shape
-    L = rows.stop - rows.start
+    # Only words of 32 bits can be loaded with a stride; each holds one row of two bfloat16 heads.
+    L, _, N, width = ref[rows].shape
+    x = ref[rows].reshape(L * N, width)
+    per_token = words.shape[0] // ref.shape[0]
+    words[_span(rows, per_token)] = x if ref.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
+    strided = [words[pl.ds(rows.start * per_token + i, L, stride=per_token)] for i in range(per_token)]
     if ref.dtype == jnp.float32:
-        flat = ref.reshape(T * N, width)
-        return [flat[pl.ds(rows.start * N + n, L, stride=N)] for n in range(N)]
-    flat = ref.bitcast(jnp.int32).reshape(T * N // 2, width)
-    heads = []
-    for pair in range(N // 2):
-        words = flat[pl.ds(rows.start * N // 2 + pair, L, stride=N // 2)]
-        for bits in (words << 16, words & -(1 << 16)):
-            heads.append(jax.lax.bitcast_convert_type(bits, jnp.float32).astype(ref.dtype))
-    return heads
+        return strided
+    halves = [half for word in strided for half in (word << 16, word & -(1 << 16))]
+    return [jax.lax.bitcast_convert_type(half, jnp.float32).astype(ref.dtype) for half in halves]
 
 
-def store(ref, rows: slice, heads: list[jax.Array]) -> None:
+def store(ref, words, rows: slice, heads: list[jax.Array]) -> None:
     """Writes the heads of a block."""
     if len(ref.shape) == 3:
         for n, x in enumerate(heads):
             ref[n, rows] = x.astype(ref.dtype)
         return
-    _, T, N, width = ref.shape
-    L = rows.stop - rows.start
-    if ref.dtype == jnp.float32:
-        flat = ref.reshape(T * N, width)
-        for n, x in enumerate(heads):
-            flat[pl.ds(rows.start * N + n, L, stride=N)] = x
-        return
-    flat = ref.bitcast(jnp.int32).reshape(T * N // 2, width)
-    # Rounded to the upper half of a word.
-    words = lambda x: jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.int32)
-    for pair in range(N // 2):
-        low, high = words(heads[2 * pair]), words(heads[2 * pair + 1])
-        flat[pl.ds(rows.start * N // 2 + pair, L, stride=N // 2)] = jax.lax.shift_right_logical(low, 16) | high
+    per_token = words.shape[0] // ref.shape[0]
+    if ref.dtype != jnp.float32:
+        # What is rounded to bfloat16 stands in the upper half of the float32 word.
+        halves = [jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.int32) for x in heads]
+        heads = [
+            jax.lax.shift_right_logical(low, 16) | high for low, high in zip(halves[::2], halves[1::2], strict=True)
+        ]
+    for i, x in enumerate(heads):
+        words[pl.ds(rows.start * per_token + i, CHUNK, stride=per_token)] = x
+    written = words[_span(rows, per_token)]
+    written = written if ref.dtype == jnp.float32 else pltpu.bitcast(written, ref.dtype)
+    ref[rows] = written.reshape(CHUNK, *ref.shape[1:])
+
+
+def _span(rows, per_token):
+    return slice(rows.start * per_token, rows.stop * per_token)
+
+
+def padded(width: int) -> int:
+    return width + -width % 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Tiles:
         return self.B, self.N // self.heads, self.padded_T // self.tokens
 
     def state_shape(self) -> tuple[int, int, int, int]:
-        return self.B, self.N, self.H + -self.H % 64, self.P + -self.P % 64
+        return self.B, self.N, padded(self.H), padded(self.P)
 
 
 def gates(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int, before: bool):

@@ -50,6 +50,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         in_specs=[call.keys, call.keys, call.values, call.logs, call.ids, call.state],
         out_specs=[call.values, call.state],
         out_shape=[call.value_heads.shape(*call.padded), call.state_shape],
+        scratch_shapes=call.words("kkvv"),
         compiler_params=_PARAMS,
     )(*call.pack(q, k, v), logs, ids, call.pad_state(state))
     return call.value_heads.unpack(o, q.shape[1]), _cut(last, state)
@@ -70,7 +71,7 @@ def backward(scale, before, inputs, cotangents):
         in_specs=[call.keys, call.values, call.logs, call.ids, call.state],
         out_specs=call.states,
         out_shape=jax.ShapeDtypeStruct((num_steps, *call.state_shape.shape), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((tiles.heads, *call.state_shape.shape[2:]), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((tiles.heads, *call.state_shape.shape[2:]), jnp.float32), *call.words("kv")],
         compiler_params=_PARAMS,
     )(k_packed, v_packed, logs, ids, call.pad_state(state))
 
@@ -88,6 +89,7 @@ def backward(scale, before, inputs, cotangents):
             jax.ShapeDtypeStruct((tiles.B, tiles.grid[1], 3, TILE, tiles.padded_T), jnp.float32),
             call.state_shape,
         ],
+        scratch_shapes=call.words("kkvvddv"),
         compiler_params=_PARAMS,
     )(q_packed, k_packed, v_packed, call.value_heads.pack(do, tiles.padded_T), logs, ids, states, call.pad_state(dlast))
     T = q.shape[1]
@@ -130,6 +132,10 @@ class _Call:
         block = (tiles.heads, *tiles.state_shape()[2:])
         self.state = pl.BlockSpec((None, *block), lambda b, n, c: (b, n, 0, 0))
         self.states = pl.BlockSpec((None, None, *block), lambda b, n, c: (step(c), b, n, 0, 0))
+
+    def words(self, arrays):
+        heads = {"k": self.key_heads, "v": self.value_heads, "d": self.key_gradient_heads}
+        return [heads[array].words(self.tiles.tokens) for array in arrays]
 
     def pack(self, q, k, v):
         T = self.tiles.padded_T
@@ -214,7 +220,7 @@ def _advance(S_HP, k_HL, v_LP, gates, n):
     return gates.keep(n) * S_HP + _dot(written, v_LP)
 
 
-def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP):
+def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP, *words):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
@@ -225,7 +231,7 @@ def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start
         limit_LL, _ = gates.seen(readers_first=True)
         limit_LP = jnp.broadcast_to(gates.border(1), (CHUNK, P))
         columns = [x.T for x in gates.rows]
-        q_KLH, k_KLH, v_NLP = (load(ref, rows) for ref in (q_ref, k_ref, v_ref))
+        q_KLH, k_KLH, v_NLP = (load(ref, word, rows) for ref, word in zip((q_ref, k_ref, v_ref), words, strict=False))
         G = N // len(q_KLH)
         k_KHL = [k_LH.astype(jnp.float32).T for k_LH in k_KLH]
         # First the products that need no decay: they keep the matrix units busy while the decays are made.
@@ -238,10 +244,10 @@ def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start
             scores_LL = (scores_KLL[n // G] * pairs_LL).astype(v_LP.dtype)
             o_NLP.append(scale * (_dot(scores_LL, v_LP) + _exp(_widen(column, P), limit_LP) * reads_NLP[n]))
             S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
-        store(o_ref, rows, o_NLP)
+        store(o_ref, words[3], rows, o_NLP)
 
 
-def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, S_NHP):
+def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, S_NHP, *words):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
@@ -250,7 +256,7 @@ def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NH
     N = S_NHP.shape[0]
     for rows in _chunks(ids_ref.shape[-1]):
         gates = _Gates(logs_ref, ids_ref, rows, before)
-        k_KLH, v_NLP = load(k_ref, rows), load(v_ref, rows)
+        k_KLH, v_NLP = load(k_ref, words[0], rows), load(v_ref, words[1], rows)
         k_KHL = [k_LH.astype(jnp.float32).T for k_LH in k_KLH]
         for n in range(N):
             S_NHP[n] = _advance(S_NHP[n], k_KHL[n // (N // len(k_KHL))], v_NLP[n], gates, n)
@@ -272,6 +278,7 @@ def _backward_kernel(
     dv_ref,
     sums_ref,
     dS_NHP,
+    *words,
 ):
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -283,8 +290,8 @@ def _backward_kernel(
     S_CNHP = [[states_NHP[n] for n in range(N)]]
     for rows in chunks[:-1]:
         gates = _Gates(logs_ref, ids_ref, rows, before)
-        k_KHL = [k_LH.astype(jnp.float32).T for k_LH in load(k_ref, rows)]
-        v_NLP = load(v_ref, rows)
+        k_KHL = [k_LH.astype(jnp.float32).T for k_LH in load(k_ref, words[1], rows)]
+        v_NLP = load(v_ref, words[2], rows)
         S_CNHP.append([_advance(S_CNHP[-1][n], k_KHL[n * len(k_KHL) // N], v_NLP[n], gates, n) for n in range(N)])
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
@@ -293,7 +300,9 @@ def _backward_kernel(
         limit_LL, decayed_LL = gates.seen(readers_first=False)
         limit_L1 = gates.border(2)
         columns = [x.T for x in gates.cols]
-        q_KLH, k_KLH, v_NLP, do_NLP = (load(ref, rows) for ref in (q_ref, k_ref, v_ref, do_ref))
+        q_KLH, k_KLH, v_NLP, do_NLP = (
+            load(ref, word, rows) for ref, word in zip((q_ref, k_ref, v_ref, do_ref), words, strict=False)
+        )
         K, dtype = len(q_KLH), q_KLH[0].dtype
         q_KHL, k_KHL = ([x.astype(jnp.float32).T for x in x_KLH] for x_KLH in (q_KLH, k_KLH))
         scores_KLL = [_dot(k, q.astype(dtype)) for k, q in zip(k_KLH, q_KHL, strict=True)]
@@ -331,6 +340,6 @@ def _backward_kernel(
         rows_LL = columns_LL.T
         sums_ref[1, :N, rows] = rows_LL[:N] - sums_ref[1, :N, rows]
         sums_ref[2, :, rows] = rows_LL[TILE : 2 * TILE]
-        store(dq_ref, rows, [dq_HL.T for dq_HL in dq_KHL])
-        store(dk_ref, rows, dk_KLH)
-        store(dv_ref, rows, dv_NLP)
+        store(dq_ref, words[4], rows, [dq_HL.T for dq_HL in dq_KHL])
+        store(dk_ref, words[5], rows, dk_KLH)
+        store(dv_ref, words[6], rows, dv_NLP)
