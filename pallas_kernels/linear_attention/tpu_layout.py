@@ -50,7 +50,7 @@ class Heads:
         return pl.BlockSpec((None, self.size, tokens, padded(self.width)), lambda *grid: (*index(*grid), 0))
 
     def words(self, tokens: int):
-        """Returns the scratch memory that `load` or `store` of one array wants."""
+        """Returns the scratch memory that a `Block` of one array wants."""
         if not self.in_place:
             return pltpu.VMEM((TILE, 128), jnp.float32)
         if self.dtype == jnp.float32:
@@ -71,44 +71,60 @@ class Heads:
         return jnp.moveaxis(x, 1, 2)[:, :T, :, : self.width]
 
 
-def load(ref, words, rows: slice) -> list[jax.Array]:
-    """Returns the heads of a block, each `[rows, width]`."""
-    if len(ref.shape) == 3:
-        return [ref[n, rows] for n in range(ref.shape[0])]
-    # Only words of 32 bits can be loaded with a stride; each holds one row of two bfloat16 heads.
-    L, _, N, width = ref[rows].shape
-    x = ref[rows].reshape(L * N, width)
-    per_token = words.shape[0] // ref.shape[0]
-    words[_span(rows, per_token)] = x if ref.dtype == jnp.float32 else pltpu.bitcast(x, jnp.int32)
-    strided = [words[pl.ds(rows.start * per_token + i, L, stride=per_token)] for i in range(per_token)]
-    if ref.dtype == jnp.float32:
-        return strided
-    halves = [half for word in strided for half in (word << 16, word & -(1 << 16))]
-    return [jax.lax.bitcast_convert_type(half, jnp.float32).astype(ref.dtype) for half in halves]
+class Block:
+    """A block of heads in VMEM, and scratch memory for those that lie in place: see `Heads`.
 
+    Only words of 32 bits can be loaded and stored with a stride; such a word holds a row of two bfloat16 heads.
+    """
 
-def store(ref, words, rows: slice, heads: list[jax.Array]) -> None:
-    """Writes the heads of a block."""
-    if len(ref.shape) == 3:
-        for n, x in enumerate(heads):
-            ref[n, rows] = x.astype(ref.dtype)
-        return
-    per_token = words.shape[0] // ref.shape[0]
-    if ref.dtype != jnp.float32:
-        # What is rounded to bfloat16 stands in the upper half of the float32 word.
-        halves = [jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.int32) for x in heads]
-        heads = [
-            jax.lax.shift_right_logical(low, 16) | high for low, high in zip(halves[::2], halves[1::2], strict=True)
-        ]
-    for i, x in enumerate(heads):
-        words[pl.ds(rows.start * per_token + i, CHUNK, stride=per_token)] = x
-    written = words[_span(rows, per_token)]
-    written = written if ref.dtype == jnp.float32 else pltpu.bitcast(written, ref.dtype)
-    ref[rows] = written.reshape(CHUNK, *ref.shape[1:])
+    def __init__(self, ref, words):
+        self._ref, self._words, self._low = ref, words, None
+        self.num_heads = ref.shape[2] if len(ref.shape) == 4 else ref.shape[0]
+        self._in_place, self._packed = len(ref.shape) == 4, ref.dtype == jnp.bfloat16
+        if self._in_place:
+            self._stride = words.shape[0] // ref.shape[0]
 
+    def open(self, rows: slice) -> None:
+        """Makes ready to get these rows."""
+        if self._in_place:
+            x = self._ref[rows].reshape(-1, self._ref.shape[-1])
+            self._words[self._span(rows)] = pltpu.bitcast(x, jnp.int32) if self._packed else x
 
-def _span(rows, per_token):
-    return slice(rows.start * per_token, rows.stop * per_token)
+    def get(self, rows: slice, n: int) -> jax.Array:
+        """Returns head n, `[L, width]`."""
+        if not self._in_place:
+            return self._ref[n, rows]
+        if not self._packed:
+            return self._words[self._every(rows, n)]
+        word = self._words[self._every(rows, n // 2)]
+        upper = word << 16 if n % 2 == 0 else word & -(1 << 16)
+        # As float32 a bfloat16 number stands in the upper half of the word.
+        return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
+
+    def put(self, rows: slice, n: int, x: jax.Array) -> None:
+        """Writes head n, `[L, width]`. All heads have to be written, in order."""
+        x = x.astype(self._ref.dtype)
+        if not self._in_place:
+            self._ref[n, rows] = x
+            return
+        if not self._packed:
+            self._words[self._every(rows, n)] = x
+        else:
+            word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+            if n % 2 == 0:
+                self._low = jax.lax.shift_right_logical(word, 16)
+            else:
+                self._words[self._every(rows, n // 2)] = self._low | word
+        if n == self.num_heads - 1:
+            words = self._words[self._span(rows)]
+            words = pltpu.bitcast(words, jnp.bfloat16) if self._packed else words
+            self._ref[rows] = words.reshape(-1, *self._ref.shape[1:])
+
+    def _span(self, rows):
+        return slice(rows.start * self._stride, rows.stop * self._stride)
+
+    def _every(self, rows, i):
+        return pl.ds(rows.start * self._stride + i, rows.stop - rows.start, stride=self._stride)
 
 
 def padded(width: int) -> int:

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention import tpu_layout
-from pallas_kernels.linear_attention.tpu_layout import CHUNK, TILE, Heads, Tiles, load, store
+from pallas_kernels.linear_attention.tpu_layout import CHUNK, TILE, Block, Heads, Tiles
 
 _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 1024 * 1024
@@ -225,26 +225,31 @@ def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start
     def _():
         S_NHP[...] = start_NHP[...]
 
+    q, k, v, o = (Block(ref, word) for ref, word in zip((q_ref, k_ref, v_ref, o_ref), words, strict=True))
     N, _, P = S_NHP.shape
+    G, dtype = N // q.num_heads, q_ref.dtype
+    k_KHL, scores_KLL = {}, {}
     for rows in _chunks(ids_ref.shape[-1]):
         gates = _Gates(logs_ref, ids_ref, rows, before)
         limit_LL, _ = gates.seen(readers_first=True)
         limit_LP = jnp.broadcast_to(gates.border(1), (CHUNK, P))
         columns = [x.T for x in gates.rows]
-        q_KLH, k_KLH, v_NLP = (load(ref, word, rows) for ref, word in zip((q_ref, k_ref, v_ref), words, strict=False))
-        G = N // len(q_KLH)
-        k_KHL = [k_LH.astype(jnp.float32).T for k_LH in k_KLH]
-        # First the products that need no decay: they keep the matrix units busy while the decays are made.
-        scores_KLL = [_dot(q, k.astype(q.dtype)) for q, k in zip(q_KLH, k_KHL, strict=True)]
-        reads_NLP = [_dot(q_KLH[n // G], S_NHP[n].astype(q_KLH[0].dtype)) for n in range(N)]
-        o_NLP = []
-        for n in range(N):
-            v_LP, column = v_NLP[n], [x[:, n : n + 1] for x in columns]
-            pairs_LL = _exp(_minus(_widen(column, CHUNK), [x[n : n + 1] for x in gates.cols]), limit_LL)
-            scores_LL = (scores_KLL[n // G] * pairs_LL).astype(v_LP.dtype)
-            o_NLP.append(scale * (_dot(scores_LL, v_LP) + _exp(_widen(column, P), limit_LP) * reads_NLP[n]))
-            S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
-        store(o_ref, words[3], rows, o_NLP)
+        for block in (q, k, v):
+            block.open(rows)
+        for some in _groups(N, GF):
+            # First the products that need no decay: they keep the matrix units busy while the decays are made.
+            reads_NLP = {}
+            for n in some:
+                if n % G == 0:
+                    q_LH, k_KHL[n // G] = q.get(rows, n // G), k.get(rows, n // G).astype(jnp.float32).T
+                    scores_KLL[n // G] = _dot(q_LH, k_KHL[n // G].astype(dtype))
+                reads_NLP[n] = _dot(q_LH, S_NHP[n].astype(dtype))
+            for n in some:
+                v_LP, column = v.get(rows, n), [x[:, n : n + 1] for x in columns]
+                pairs_LL = _exp(_minus(_widen(column, CHUNK), [x[n : n + 1] for x in gates.cols]), limit_LL)
+                scores_LL = (scores_KLL[n // G] * pairs_LL).astype(dtype)
+                o.put(rows, n, scale * (_dot(scores_LL, v_LP) + _exp(_widen(column, P), limit_LP) * reads_NLP[n]))
+                S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
 
 
 def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, S_NHP, *words):
@@ -253,13 +258,17 @@ def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NH
         S_NHP[...] = start_NHP[...]
 
     states_NHP[...] = S_NHP[...]
+    k, v = (Block(ref, word) for ref, word in zip((k_ref, v_ref), words, strict=True))
     N = S_NHP.shape[0]
+    G = N // k.num_heads
     for rows in _chunks(ids_ref.shape[-1]):
         gates = _Gates(logs_ref, ids_ref, rows, before)
-        k_KLH, v_NLP = load(k_ref, words[0], rows), load(v_ref, words[1], rows)
-        k_KHL = [k_LH.astype(jnp.float32).T for k_LH in k_KLH]
+        k.open(rows)
+        v.open(rows)
         for n in range(N):
-            S_NHP[n] = _advance(S_NHP[n], k_KHL[n // (N // len(k_KHL))], v_NLP[n], gates, n)
+            if n % G == 0:
+                k_HL = k.get(rows, n // G).astype(jnp.float32).T
+            S_NHP[n] = _advance(S_NHP[n], k_HL, v.get(rows, n), gates, n)
 
 
 def _backward_kernel(
@@ -284,15 +293,23 @@ def _backward_kernel(
     def _():
         dS_NHP[...] = dlast_NHP[...]
 
+    refs = q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref
+    q, k, v, do, dq, dk, dv = (Block(ref, word) for ref, word in zip(refs, words, strict=True))
     N, H, P = dS_NHP.shape
+    G, dtype = N // q.num_heads, q_ref.dtype
     chunks = _chunks(ids_ref.shape[-1])
     # The states before each chunk of the step.
     S_CNHP = [[states_NHP[n] for n in range(N)]]
     for rows in chunks[:-1]:
         gates = _Gates(logs_ref, ids_ref, rows, before)
-        k_KHL = [k_LH.astype(jnp.float32).T for k_LH in load(k_ref, words[1], rows)]
-        v_NLP = load(v_ref, words[2], rows)
-        S_CNHP.append([_advance(S_CNHP[-1][n], k_KHL[n * len(k_KHL) // N], v_NLP[n], gates, n) for n in range(N)])
+        k.open(rows)
+        v.open(rows)
+        S_NHP = []
+        for n in range(N):
+            if n % G == 0:
+                k_HL = k.get(rows, n // G).astype(jnp.float32).T
+            S_NHP.append(_advance(S_CNHP[-1][n], k_HL, v.get(rows, n), gates, n))
+        S_CNHP.append(S_NHP)
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     for rows, S_chunk in reversed(list(zip(chunks, S_CNHP, strict=True))):
@@ -300,46 +317,61 @@ def _backward_kernel(
         limit_LL, decayed_LL = gates.seen(readers_first=False)
         limit_L1 = gates.border(2)
         columns = [x.T for x in gates.cols]
-        q_KLH, k_KLH, v_NLP, do_NLP = (
-            load(ref, word, rows) for ref, word in zip((q_ref, k_ref, v_ref, do_ref), words, strict=False)
-        )
-        K, dtype = len(q_KLH), q_KLH[0].dtype
-        q_KHL, k_KHL = ([x.astype(jnp.float32).T for x in x_KLH] for x_KLH in (q_KLH, k_KLH))
-        scores_KLL = [_dot(k, q.astype(dtype)) for k, q in zip(k_KLH, q_KHL, strict=True)]
-        dscores_NLL = [_dot(v, do, transposed=True) for v, do in zip(v_NLP, do_NLP, strict=True)]
-        dq_KHL, dk_KLH, dv_NLP = [0.0] * K, [0.0] * K, []
+        for block in (q, k, v, do):
+            block.open(rows)
         columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        for n in range(N):
-            j = n * K // N
-            q_LH, k_LH, v_LP, do_LP, S_HP = q_KLH[j], k_KLH[j], v_NLP[n], do_NLP[n], S_chunk[n]
-            dS_HP = dS_NHP[n]
-            column = [x[:, n : n + 1] for x in columns]
-            # 1. Within the chunk.
-            pairs_LL = scale * _exp(_minus([x[n : n + 1] for x in gates.rows], _widen(column, CHUNK)), limit_LL)
-            dproduct_LL = dscores_NLL[n] * pairs_LL
-            dlog_LL = jnp.where(decayed_LL, dproduct_LL * scores_KLL[j], 0)
-            dproduct_LL = dproduct_LL.astype(dtype)
-            # 2. Through the states at the chunk's borders.
-            writes_LP, writes_LH = (
-                _exp(_minus([x[n : n + 1] for x in gates.end], _widen(column, width)), limit_L1) for width in (P, H)
-            )
-            reads_1L = scale * gates.reads(n)
-            dread_HL = reads_1L * _dot(S_HP.astype(dtype), do_LP, transposed=True)
-            put_LP = writes_LP * _dot(k_LH, dS_HP.astype(dtype))
-            dq_KHL[j] += _dot(k_KHL[j].astype(dtype), dproduct_LL) + dread_HL
-            dk_KLH[j] += _dot(dproduct_LL, q_LH) + writes_LH * _dot(v_LP, dS_HP.astype(dtype), transposed=True)
-            dv_NLP.append(_dot((scores_KLL[j] * pairs_LL).astype(dtype), do_LP) + put_LP)
-            dS_NHP[n] = gates.keep(n) * dS_HP + _dot((q_KHL[j] * reads_1L).astype(dtype), do_LP)
-            # 3. The decays.
-            rows_1L = jnp.sum(dlog_LL, axis=0, keepdims=True) + jnp.sum(q_KHL[j] * dread_HL, axis=0, keepdims=True)
-            whole_11 = gates.keep(n) * jnp.sum(S_HP * dS_HP, keepdims=True)
-            columns_LL = jnp.where(lane == n, jnp.sum(dlog_LL, axis=1, keepdims=True), columns_LL)
-            columns_LL = jnp.where(lane == TILE + n, jnp.sum(v_LP * put_LP, axis=1, keepdims=True), columns_LL)
-            sums_ref[0, n : n + 1, rows] = rows_1L
-            sums_ref[1, n : n + 1, rows] = jnp.where(lane[:1] == CHUNK - 1, whole_11, 0)
+        keys = {}
+        for some in _groups(N, GB):
+            dscores_NLL = {}
+            for n in some:
+                j = n // G
+                if n % G == 0:
+                    q_LH, k_LH = q.get(rows, j), k.get(rows, j)
+                    q_HL, k_HL = q_LH.astype(jnp.float32).T, k_LH.astype(jnp.float32).T
+                    keys[j] = q_LH, k_LH, q_HL, k_HL, _dot(k_LH, q_HL.astype(dtype))
+                dscores_NLL[n] = _dot(v.get(rows, n), do.get(rows, n), transposed=True)
+            for n in some:
+                j = n // G
+                q_LH, k_LH, q_HL, k_HL, scores_LL = keys[j]
+                v_LP, do_LP = v.get(rows, n), do.get(rows, n)
+                S_HP, dS_HP = S_chunk[n], dS_NHP[n]
+                column = [x[:, n : n + 1] for x in columns]
+                # 1. Within the chunk.
+                pairs_LL = scale * _exp(_minus([x[n : n + 1] for x in gates.rows], _widen(column, CHUNK)), limit_LL)
+                dproduct_LL = dscores_NLL[n] * pairs_LL
+                dlog_LL = jnp.where(decayed_LL, dproduct_LL * scores_LL, 0)
+                dproduct_LL = dproduct_LL.astype(dtype)
+                # 2. Through the states at the chunk's borders.
+                writes_LP, writes_LH = (
+                    _exp(_minus([x[n : n + 1] for x in gates.end], _widen(column, width)), limit_L1) for width in (P, H)
+                )
+                reads_1L = scale * gates.reads(n)
+                dread_HL = reads_1L * _dot(S_HP.astype(dtype), do_LP, transposed=True)
+                put_LP = writes_LP * _dot(k_LH, dS_HP.astype(dtype))
+                dq_HL = _dot(k_HL.astype(dtype), dproduct_LL) + dread_HL
+                dk_LH = _dot(dproduct_LL, q_LH) + writes_LH * _dot(v_LP, dS_HP.astype(dtype), transposed=True)
+                dv.put(rows, n, _dot((scores_LL * pairs_LL).astype(dtype), do_LP) + put_LP)
+                dS_NHP[n] = gates.keep(n) * dS_HP + _dot((q_HL * reads_1L).astype(dtype), do_LP)
+                dq_sum, dk_sum = (dq_HL, dk_LH) if n % G == 0 else (dq_sum + dq_HL, dk_sum + dk_LH)
+                if n % G == G - 1:
+                    dq.put(rows, j, dq_sum.T)
+                    dk.put(rows, j, dk_sum)
+                # 3. The decays.
+                rows_1L = jnp.sum(dlog_LL, axis=0, keepdims=True) + jnp.sum(q_HL * dread_HL, axis=0, keepdims=True)
+                whole_11 = gates.keep(n) * jnp.sum(S_HP * dS_HP, keepdims=True)
+                columns_LL = jnp.where(lane == n, jnp.sum(dlog_LL, axis=1, keepdims=True), columns_LL)
+                columns_LL = jnp.where(lane == TILE + n, jnp.sum(v_LP * put_LP, axis=1, keepdims=True), columns_LL)
+                sums_ref[0, n : n + 1, rows] = rows_1L
+                sums_ref[1, n : n + 1, rows] = jnp.where(lane[:1] == CHUNK - 1, whole_11, 0)
         rows_LL = columns_LL.T
         sums_ref[1, :N, rows] = rows_LL[:N] - sums_ref[1, :N, rows]
         sums_ref[2, :, rows] = rows_LL[TILE : 2 * TILE]
-        store(dq_ref, words[4], rows, [dq_HL.T for dq_HL in dq_KHL])
-        store(dk_ref, words[5], rows, dk_KLH)
-        store(dv_ref, words[6], rows, dv_NLP)
+
+
+import os
+
+GF, GB = int(os.environ.get("GF", 8)), int(os.environ.get("GB", 8))
+
+
+def _groups(N, G):
+    return [range(s, min(N, s + G)) for s in range(0, N, G)]
