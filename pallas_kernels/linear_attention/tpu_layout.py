@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.documents import clear_padding, fill_padding
+from pallas_kernels.common.documents import clear_padding
 
 CHUNK = 128
 TILE = 8  # sublanes of a register
@@ -78,7 +79,7 @@ class Block:
     """
 
     def __init__(self, ref, words):
-        self._ref, self._words, self._low = ref, words, None
+        self._ref, self._words = ref, words
         self.num_heads = ref.shape[2] if len(ref.shape) == 4 else ref.shape[0]
         self._in_place, self._packed = len(ref.shape) == 4, ref.dtype == jnp.bfloat16
         if self._in_place:
@@ -109,12 +110,11 @@ class Block:
             return
         if not self._packed:
             self._words[self._every(rows, n)] = x
+        elif n % 2 == 0:
+            self._even = x
         else:
-            word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-            if n % 2 == 0:
-                self._low = jax.lax.shift_right_logical(word, 16)
-            else:
-                self._words[self._every(rows, n // 2)] = self._low | word
+            low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in (self._even, x))
+            self._words[self._every(rows, n // 2)] = jax.lax.shift_right_logical(low, 16) | high
         if n == self.num_heads - 1:
             words = self._words[self._span(rows)]
             words = pltpu.bitcast(words, jnp.bfloat16) if self._packed else words
@@ -173,15 +173,12 @@ class Tiles:
         return self.B, self.N, padded(self.H), padded(self.P)
 
 
-def gates(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int, before: bool):
-    """Returns the cumulative logs `[B, N / heads, X, 8, T]` and the documents `[B, 8, T]`.
+def cumulative_logs(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int, before: bool) -> jax.Array:
+    """Returns the logs of g cumulated within chunks, `[B, N / heads, X, 8, T]`.
 
-    Logs are cumulated within chunks, up to and with a token, and before it where `before`: X holds the parts of the
-    first, then those of the second. With two parts, one is a multiple of 1/64, whose sums are exact, and one a small
-    rest: float32 differences lose nothing where a decay of -30 stands beside one of -0.01. Beside bfloat16 products
-    one part is enough.
-
-    Documents: each token's own (0 for padding), that of the state before its chunk, that of the state after it.
+    X holds the parts of the sums up to and with each token, then, if `before`, those of the sums before it. With two
+    parts, one is a multiple of 1/64, whose sums are exact, and one a small rest: float32 differences lose nothing where
+    a decay of -30 stands beside one of -0.01. Beside bfloat16 products one part is enough.
     """
     B, T, N = g_BTN.shape
     g_BTN = jnp.maximum(clear_padding(g_BTN, segment_ids), _MIN_LOG)
@@ -192,21 +189,13 @@ def gates(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int
         coarse = jnp.ceil(g * 64) / 64
         parts = [coarse, g - coarse]
     g = jnp.stack(parts, axis=2)
-    upper_LL = jnp.triu(jnp.ones((CHUNK, CHUNK), g.dtype))
+    # A constant of the program: XLA would take longer to make it than to multiply by it.
+    upper_LL = np.triu(np.ones((CHUNK, CHUNK), np.float32))
     logs = jnp.einsum("BnxhCL,LM->BnxhCM", g, upper_LL, precision="highest")
     if before:
         logs = jnp.concatenate([logs, logs - g], axis=2)
     logs = logs.reshape(*logs.shape[:4], tiles.padded_T)
-    logs = jnp.pad(logs, ((0, 0), (0, 0), (0, 0), (0, TILE - tiles.heads), (0, 0)))
-
-    filled_BCL = jnp.pad(fill_padding(segment_ids), ((0, 0), (0, tiles.padded_T - T)), mode="edge")
-    filled_BCL = filled_BCL.reshape(B, -1, CHUNK)
-    after_BC = filled_BCL[:, :, -1]
-    before_BC = jnp.concatenate([filled_BCL[:, 0, :1], after_BC[:, :-1]], axis=1)
-    borders = (jnp.repeat(x_BC, CHUNK, axis=1) for x_BC in (before_BC, after_BC))
-    own_BT = jnp.pad(segment_ids, ((0, 0), (0, tiles.padded_T - T)))
-    ids = jnp.stack([own_BT, *borders], axis=1).astype(jnp.int32)
-    return logs, jnp.pad(ids, ((0, 0), (0, TILE - 3), (0, 0)))
+    return jnp.pad(logs, ((0, 0), (0, 0), (0, 0), (0, TILE - tiles.heads), (0, 0)))
 
 
 def gate_gradient(sums: jax.Array, segment_ids: jax.Array, tiles: Tiles, before: bool) -> jax.Array:
@@ -215,8 +204,8 @@ def gate_gradient(sums: jax.Array, segment_ids: jax.Array, tiles: Tiles, before:
     They are rows, cols (less `whole` at a chunk's last token) and puts.
     """
     sums = sums[:, :, :, : tiles.heads].reshape(*sums.shape[:3], tiles.heads, -1, CHUNK)
-    ones = jnp.ones((CHUNK, CHUNK), sums.dtype)
-    weights = jnp.stack([jnp.tril(ones, -1 if before else 0), -jnp.tril(ones), jnp.triu(ones, 1)])
+    ones = np.ones((CHUNK, CHUNK), np.float32)
+    weights = np.stack([np.tril(ones, -1 if before else 0), -np.tril(ones), np.triu(ones, 1)])
     dg = jnp.einsum("BnxhCL,xLM->BCMnh", sums, weights, precision="highest")
     dg_BTN = dg.reshape(tiles.B, tiles.padded_T, tiles.N)[:, : tiles.T]
     return clear_padding(dg_BTN, segment_ids)

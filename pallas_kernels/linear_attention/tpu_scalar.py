@@ -27,6 +27,8 @@ from pallas_kernels.linear_attention.tpu_layout import CHUNK, TILE, Block, Heads
 _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 1024 * 1024
 )
+# The document of the last real token so far.
+_DOCUMENT = pltpu.VMEM((1, 1), jnp.float32)
 
 
 def unsupported(q, k, v, g):
@@ -50,7 +52,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         in_specs=[call.keys, call.keys, call.values, call.logs, call.ids, call.state],
         out_specs=[call.values, call.state],
         out_shape=[call.value_heads.shape(*call.padded), call.state_shape],
-        scratch_shapes=call.words("kkvv"),
+        scratch_shapes=[_DOCUMENT, *call.words("kkvv")],
         compiler_params=_PARAMS,
     )(*call.pack(q, k, v), logs, ids, call.pad_state(state))
     return call.value_heads.unpack(o, q.shape[1]), _cut(last, state)
@@ -64,14 +66,21 @@ def backward(scale, before, inputs, cotangents):
     logs, ids = call.gates(g, segment_ids)
     q_packed, k_packed, v_packed = call.pack(q, k, v)
     tiles, num_steps = call.tiles, call.tiles.grid[2]
-    states = pl.pallas_call(
+    states, documents = pl.pallas_call(
         functools.partial(_states_kernel, before),
         name="linear_attention_states",
         grid=tiles.grid,
         in_specs=[call.keys, call.values, call.logs, call.ids, call.state],
-        out_specs=call.states,
-        out_shape=jax.ShapeDtypeStruct((num_steps, *call.state_shape.shape), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((tiles.heads, *call.state_shape.shape[2:]), jnp.float32), *call.words("kv")],
+        out_specs=[call.states, call.documents],
+        out_shape=[
+            jax.ShapeDtypeStruct((num_steps, *call.state_shape.shape), jnp.float32),
+            jax.ShapeDtypeStruct((*tiles.grid, 1, 1), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((tiles.heads, *call.state_shape.shape[2:]), jnp.float32),
+            _DOCUMENT,
+            *call.words("kv"),
+        ],
         compiler_params=_PARAMS,
     )(k_packed, v_packed, logs, ids, call.pad_state(state))
 
@@ -80,7 +89,17 @@ def backward(scale, before, inputs, cotangents):
         functools.partial(_backward_kernel, scale, before),
         name="linear_attention_backward",
         grid=tiles.grid,
-        in_specs=[call.keys, call.keys, call.values, call.values, call.logs, call.ids, call.states, call.state],
+        in_specs=[
+            call.keys,
+            call.keys,
+            call.values,
+            call.values,
+            call.logs,
+            call.ids,
+            call.states,
+            call.documents,
+            call.state,
+        ],
         out_specs=[call.key_gradients, call.key_gradients, call.values, call.sums, call.state],
         out_shape=[
             call.key_gradient_heads.shape(*call.padded),
@@ -89,9 +108,22 @@ def backward(scale, before, inputs, cotangents):
             jax.ShapeDtypeStruct((tiles.B, tiles.grid[1], 3, TILE, tiles.padded_T), jnp.float32),
             call.state_shape,
         ],
-        scratch_shapes=call.words("kkvvddv"),
+        scratch_shapes=[
+            pltpu.VMEM((max(1, tiles.tokens // CHUNK - 1), tiles.heads, *call.state_shape.shape[2:]), jnp.float32),
+            *call.words("kkvvddv"),
+        ],
         compiler_params=_PARAMS,
-    )(q_packed, k_packed, v_packed, call.value_heads.pack(do, tiles.padded_T), logs, ids, states, call.pad_state(dlast))
+    )(
+        q_packed,
+        k_packed,
+        v_packed,
+        call.value_heads.pack(do, tiles.padded_T),
+        logs,
+        ids,
+        states,
+        documents,
+        call.pad_state(dlast),
+    )
     T = q.shape[1]
     return (
         call.key_gradient(dq, q),
@@ -127,7 +159,8 @@ class _Call:
         num_logs = (1 if q.dtype == jnp.bfloat16 else 2) * (1 + before)
         along = lambda X: pl.BlockSpec((None, None, X, TILE, tiles.tokens), lambda b, n, c: (b, n, 0, 0, step(c)))
         self.logs, self.sums = along(num_logs), along(3)
-        self.ids = pl.BlockSpec((None, TILE, tiles.tokens), lambda b, n, c: (b, 0, step(c)))
+        self.ids = pl.BlockSpec((None, 1, tiles.tokens), lambda b, n, c: (b, 0, step(c)))
+        self.documents = pl.BlockSpec((None, None, None, 1, 1), lambda b, n, c: (b, n, step(c), 0, 0))
         self.state_shape = jax.ShapeDtypeStruct(tiles.state_shape(), jnp.float32)
         block = (tiles.heads, *tiles.state_shape()[2:])
         self.state = pl.BlockSpec((None, *block), lambda b, n, c: (b, n, 0, 0))
@@ -145,8 +178,10 @@ class _Call:
         return jnp.pad(state, [(0, to - size) for to, size in zip(self.state_shape.shape, state.shape, strict=True)])
 
     def gates(self, g, segment_ids):
-        num_parts = 1 if self.dtype == jnp.bfloat16 else 2
-        return tpu_layout.gates(g, segment_ids, self.tiles, num_parts, self.before)
+        """Returns the cumulative logs, and the documents `[B 1 T]` in float32, which kernels can take a maximum of."""
+        tiles, num_parts = self.tiles, 1 if self.dtype == jnp.bfloat16 else 2
+        ids_BT = jnp.pad(segment_ids, ((0, 0), (0, tiles.padded_T - tiles.T))).astype(jnp.float32)
+        return tpu_layout.cumulative_logs(g, segment_ids, tiles, num_parts, self.before), ids_BT[:, None]
 
     def key_gradient(self, packed, like):
         d_BTKH = self.key_gradient_heads.unpack(packed, like.shape[1])
@@ -156,32 +191,48 @@ class _Call:
 
 
 class _Gates:
-    """The decays of one chunk of several heads. Rows are [1, L], columns [L, 1]."""
+    """The decays of one chunk of several heads, and which tokens are of one document.
 
-    def __init__(self, logs, ids, rows, before):
+    Logs are [8, L], a row per head; document_11 is that of the last real token before the chunk, 0 if there is none.
+    """
+
+    def __init__(self, logs, ids, rows, document_11, before):
         num_parts = logs.shape[0] // (1 + before)
         self.cols = [logs[x, :, rows] for x in range(num_parts)]
         self.rows = [logs[num_parts + x, :, rows] for x in range(num_parts)] if before else self.cols
-        self._before = before
-        self._ids, self._ids_T = ids[:, rows], ids[:, rows].T
         self.end = [col[:, -1:] for col in self.cols]
-        reads = jnp.where(self._ids[0:1] == self._ids[1:2], _exp(self.rows), 0)
-        writes = jnp.where(self._ids[0:1] == self._ids[2:3], _exp(_minus(self.end, self.cols)), 0)
-        keep = jnp.where(self._ids[1:2, :1] == self._ids[2:3, :1], _exp(self.end), 0)
-        row = lambda x_NL, n: x_NL[n : n + 1]
-        self.reads, self.writes, self.keep = (functools.partial(row, x) for x in (reads, writes, keep))
+        self._before = before
+        self._ids_1L = ids[:, rows]
+        self._ids_L1 = jnp.broadcast_to(self._ids_1L, (TILE, CHUNK)).T[:, :1]
+        # The state before the chunk belongs to the row's first document if none has begun.
+        first_11 = jnp.min(jnp.where(self._ids_1L > 0, self._ids_1L, jnp.inf), axis=1, keepdims=True)
+        self._state_11 = jnp.where(document_11 > 0, document_11, first_11)
+        self.document_11 = jnp.maximum(document_11, jnp.max(self._ids_1L, axis=1, keepdims=True))
+        self._next_state_11 = jnp.where(self.document_11 > 0, self.document_11, self._state_11)
+        self._reads = jnp.where(self._ids_1L == self._state_11, _exp(self.rows), 0)
+        self._writes = jnp.where(self._ids_1L == self._next_state_11, _exp(_minus(self.end, self.cols)), 0)
+        self._keep = jnp.where(self._state_11 == self._next_state_11, _exp(self.end), 0)
 
-    def seen(self, readers_first):
-        """Returns 0 for the pairs that see each other and -inf for others."""
-        shape = CHUNK, CHUNK
-        first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    def reads_1L(self, n):
+        return self._reads[n : n + 1]
+
+    def writes_1L(self, n):
+        return self._writes[n : n + 1]
+
+    def keep_11(self, n):
+        return self._keep[n : n + 1]
+
+    def limits_LL(self, readers_first):
+        """Returns 0 for the pairs that see each other and -inf for others; and which are apart by a decay."""
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
         since = first - second if readers_first else second - first
-        same = (self._ids_T[:, 0:1] == self._ids[0:1]) & (self._ids[0:1] > 0)
+        same = (self._ids_L1 == self._ids_1L) & (self._ids_1L > 0)
         return jnp.where(same & (since >= self._before), 0.0, -jnp.inf), since > self._before
 
-    def border(self, which):
-        own, other = self._ids_T[:, 0:1], self._ids_T[:, which : which + 1]
-        return jnp.where(own == other, 0.0, -jnp.inf)
+    def limits_L1(self, state):
+        """Returns 0 for the tokens that belong with the state before the chunk, or after it, and -inf for others."""
+        document_11 = {"before": self._state_11, "after": self._next_state_11}[state]
+        return jnp.where(self._ids_L1 == document_11, 0.0, -jnp.inf)
 
 
 def _minus(later, earlier):
@@ -216,23 +267,27 @@ def _chunks(num_tokens):
 
 def _advance(S_HP, k_HL, v_LP, gates, n):
     """Returns the state after a chunk."""
-    written = (k_HL * gates.writes(n)).astype(v_LP.dtype)
-    return gates.keep(n) * S_HP + _dot(written, v_LP)
+    written = (k_HL.astype(jnp.float32) * gates.writes_1L(n)).astype(v_LP.dtype)
+    return gates.keep_11(n) * S_HP + _dot(written, v_LP)
 
 
-def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP, *words):
+def _forward_kernel(
+    scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP, document_11, *words
+):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
+        document_11[...] = jnp.zeros_like(document_11)
 
     q, k, v, o = (Block(ref, word) for ref, word in zip((q_ref, k_ref, v_ref, o_ref), words, strict=True))
     N, _, P = S_NHP.shape
     G, dtype = N // q.num_heads, q_ref.dtype
     k_KHL, scores_KLL = {}, {}
     for rows in _chunks(ids_ref.shape[-1]):
-        gates = _Gates(logs_ref, ids_ref, rows, before)
-        limit_LL, _ = gates.seen(readers_first=True)
-        limit_LP = jnp.broadcast_to(gates.border(1), (CHUNK, P))
+        gates = _Gates(logs_ref, ids_ref, rows, document_11[...], before)
+        document_11[...] = gates.document_11
+        limit_LL, _ = gates.limits_LL(readers_first=True)
+        limit_LP = jnp.broadcast_to(gates.limits_L1("before"), (CHUNK, P))
         columns = [x.T for x in gates.rows]
         for block in (q, k, v):
             block.open(rows)
@@ -241,8 +296,8 @@ def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start
             reads_NLP = {}
             for n in some:
                 if n % G == 0:
-                    q_LH, k_KHL[n // G] = q.get(rows, n // G), k.get(rows, n // G).astype(jnp.float32).T
-                    scores_KLL[n // G] = _dot(q_LH, k_KHL[n // G].astype(dtype))
+                    q_LH, k_KHL[n // G] = q.get(rows, n // G), k.get(rows, n // G).T
+                    scores_KLL[n // G] = _dot(q_LH, k_KHL[n // G])
                 reads_NLP[n] = _dot(q_LH, S_NHP[n].astype(dtype))
             for n in some:
                 v_LP, column = v.get(rows, n), [x[:, n : n + 1] for x in columns]
@@ -252,22 +307,27 @@ def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start
                 S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
 
 
-def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, S_NHP, *words):
+def _states_kernel(
+    before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, documents_11, S_NHP, document_11, *words
+):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
+        document_11[...] = jnp.zeros_like(document_11)
 
     states_NHP[...] = S_NHP[...]
+    documents_11[...] = document_11[...]
     k, v = (Block(ref, word) for ref, word in zip((k_ref, v_ref), words, strict=True))
     N = S_NHP.shape[0]
     G = N // k.num_heads
     for rows in _chunks(ids_ref.shape[-1]):
-        gates = _Gates(logs_ref, ids_ref, rows, before)
+        gates = _Gates(logs_ref, ids_ref, rows, document_11[...], before)
+        document_11[...] = gates.document_11
         k.open(rows)
         v.open(rows)
         for n in range(N):
             if n % G == 0:
-                k_HL = k.get(rows, n // G).astype(jnp.float32).T
+                k_HL = k.get(rows, n // G).T
             S_NHP[n] = _advance(S_NHP[n], k_HL, v.get(rows, n), gates, n)
 
 
@@ -281,12 +341,14 @@ def _backward_kernel(
     logs_ref,
     ids_ref,
     states_NHP,
+    documents_11,
     dlast_NHP,
     dq_ref,
     dk_ref,
     dv_ref,
     sums_ref,
     dS_NHP,
+    between_CNHP,
     *words,
 ):
     @pl.when(pl.program_id(2) == 0)
@@ -299,23 +361,23 @@ def _backward_kernel(
     G, dtype = N // q.num_heads, q_ref.dtype
     chunks = _chunks(ids_ref.shape[-1])
     # The states before each chunk of the step.
-    S_CNHP = [[states_NHP[n] for n in range(N)]]
-    for rows in chunks[:-1]:
-        gates = _Gates(logs_ref, ids_ref, rows, before)
+    documents = [documents_11[...]]
+    befores = [states_NHP, *(between_CNHP.at[c] for c in range(len(chunks) - 1))]
+    for rows, old_NHP, new_NHP in zip(chunks[:-1], befores, befores[1:], strict=False):
+        gates = _Gates(logs_ref, ids_ref, rows, documents[-1], before)
+        documents.append(gates.document_11)
         k.open(rows)
         v.open(rows)
-        S_NHP = []
         for n in range(N):
             if n % G == 0:
-                k_HL = k.get(rows, n // G).astype(jnp.float32).T
-            S_NHP.append(_advance(S_CNHP[-1][n], k_HL, v.get(rows, n), gates, n))
-        S_CNHP.append(S_NHP)
+                k_HL = k.get(rows, n // G).T
+            new_NHP[n] = _advance(old_NHP[n], k_HL, v.get(rows, n), gates, n)
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
-    for rows, S_chunk in reversed(list(zip(chunks, S_CNHP, strict=True))):
-        gates = _Gates(logs_ref, ids_ref, rows, before)
-        limit_LL, decayed_LL = gates.seen(readers_first=False)
-        limit_L1 = gates.border(2)
+    for rows, S_NHP, document_11 in reversed(list(zip(chunks, befores, documents, strict=True))):
+        gates = _Gates(logs_ref, ids_ref, rows, document_11, before)
+        limit_LL, decayed_LL = gates.limits_LL(readers_first=False)
+        limit_L1 = gates.limits_L1("after")
         columns = [x.T for x in gates.cols]
         for block in (q, k, v, do):
             block.open(rows)
@@ -327,14 +389,14 @@ def _backward_kernel(
                 j = n // G
                 if n % G == 0:
                     q_LH, k_LH = q.get(rows, j), k.get(rows, j)
-                    q_HL, k_HL = q_LH.astype(jnp.float32).T, k_LH.astype(jnp.float32).T
+                    q_HL, k_HL = (x_LH.astype(jnp.float32).T for x_LH in (q_LH, k_LH))
                     keys[j] = q_LH, k_LH, q_HL, k_HL, _dot(k_LH, q_HL.astype(dtype))
                 dscores_NLL[n] = _dot(v.get(rows, n), do.get(rows, n), transposed=True)
             for n in some:
                 j = n // G
                 q_LH, k_LH, q_HL, k_HL, scores_LL = keys[j]
                 v_LP, do_LP = v.get(rows, n), do.get(rows, n)
-                S_HP, dS_HP = S_chunk[n], dS_NHP[n]
+                S_HP, dS_HP = S_NHP[n], dS_NHP[n]
                 column = [x[:, n : n + 1] for x in columns]
                 # 1. Within the chunk.
                 pairs_LL = scale * _exp(_minus([x[n : n + 1] for x in gates.rows], _widen(column, CHUNK)), limit_LL)
@@ -345,22 +407,22 @@ def _backward_kernel(
                 writes_LP, writes_LH = (
                     _exp(_minus([x[n : n + 1] for x in gates.end], _widen(column, width)), limit_L1) for width in (P, H)
                 )
-                reads_1L = scale * gates.reads(n)
+                reads_1L = scale * gates.reads_1L(n)
                 dread_HL = reads_1L * _dot(S_HP.astype(dtype), do_LP, transposed=True)
                 put_LP = writes_LP * _dot(k_LH, dS_HP.astype(dtype))
                 dq_HL = _dot(k_HL.astype(dtype), dproduct_LL) + dread_HL
                 dk_LH = _dot(dproduct_LL, q_LH) + writes_LH * _dot(v_LP, dS_HP.astype(dtype), transposed=True)
                 dv.put(rows, n, _dot((scores_LL * pairs_LL).astype(dtype), do_LP) + put_LP)
-                dS_NHP[n] = gates.keep(n) * dS_HP + _dot((q_HL * reads_1L).astype(dtype), do_LP)
+                dS_NHP[n] = gates.keep_11(n) * dS_HP + _dot((q_HL * reads_1L).astype(dtype), do_LP)
                 dq_sum, dk_sum = (dq_HL, dk_LH) if n % G == 0 else (dq_sum + dq_HL, dk_sum + dk_LH)
                 if n % G == G - 1:
                     dq.put(rows, j, dq_sum.T)
                     dk.put(rows, j, dk_sum)
                 # 3. The decays.
                 rows_1L = jnp.sum(dlog_LL, axis=0, keepdims=True) + jnp.sum(q_HL * dread_HL, axis=0, keepdims=True)
-                whole_11 = gates.keep(n) * jnp.sum(S_HP * dS_HP, keepdims=True)
-                columns_LL = jnp.where(lane == n, jnp.sum(dlog_LL, axis=1, keepdims=True), columns_LL)
-                columns_LL = jnp.where(lane == TILE + n, jnp.sum(v_LP * put_LP, axis=1, keepdims=True), columns_LL)
+                whole_11 = gates.keep_11(n) * jnp.sum(S_HP * dS_HP, keepdims=True)
+                cols_L1, puts_L1 = (jnp.sum(x, axis=1, keepdims=True) for x in (dlog_LL, v_LP * put_LP))
+                columns_LL = jnp.where(lane == n, cols_L1, jnp.where(lane == TILE + n, puts_L1, columns_LL))
                 sums_ref[0, n : n + 1, rows] = rows_1L
                 sums_ref[1, n : n + 1, rows] = jnp.where(lane[:1] == CHUNK - 1, whole_11, 0)
         rows_LL = columns_LL.T
