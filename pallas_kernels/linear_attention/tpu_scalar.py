@@ -282,7 +282,6 @@ def _forward_kernel(
     q, k, v, o = (Block(ref, word) for ref, word in zip((q_ref, k_ref, v_ref, o_ref), words, strict=True))
     N, _, P = S_NHP.shape
     G, dtype = N // q.num_heads, q_ref.dtype
-    k_KHL, scores_KLL = {}, {}
     for rows in _chunks(ids_ref.shape[-1]):
         gates = _Gates(logs_ref, ids_ref, rows, document_11[...], before)
         document_11[...] = gates.document_11
@@ -291,20 +290,20 @@ def _forward_kernel(
         columns = [x.T for x in gates.rows]
         for block in (q, k, v):
             block.open(rows)
-        for some in _groups(N, GF):
-            # First the products that need no decay: they keep the matrix units busy while the decays are made.
-            reads_NLP = {}
-            for n in some:
-                if n % G == 0:
-                    q_LH, k_KHL[n // G] = q.get(rows, n // G), k.get(rows, n // G).T
-                    scores_KLL[n // G] = _dot(q_LH, k_KHL[n // G])
-                reads_NLP[n] = _dot(q_LH, S_NHP[n].astype(dtype))
-            for n in some:
-                v_LP, column = v.get(rows, n), [x[:, n : n + 1] for x in columns]
-                pairs_LL = _exp(_minus(_widen(column, CHUNK), [x[n : n + 1] for x in gates.cols]), limit_LL)
-                scores_LL = (scores_KLL[n // G] * pairs_LL).astype(dtype)
-                o.put(rows, n, scale * (_dot(scores_LL, v_LP) + _exp(_widen(column, P), limit_LP) * reads_NLP[n]))
-                S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
+        # First the products that need no decay: they keep the matrix units busy while the decays are made.
+        k_KHL, scores_KLL, reads_NLP = [], [], []
+        for n in range(N):
+            if n % G == 0:
+                q_LH = q.get(rows, n // G)
+                k_KHL.append(k.get(rows, n // G).T)
+                scores_KLL.append(_dot(q_LH, k_KHL[-1]))
+            reads_NLP.append(_dot(q_LH, S_NHP[n].astype(dtype)))
+        for n in range(N):
+            v_LP, column = v.get(rows, n), [x[:, n : n + 1] for x in columns]
+            pairs_LL = _exp(_minus(_widen(column, CHUNK), [x[n : n + 1] for x in gates.cols]), limit_LL)
+            scores_LL = (scores_KLL[n // G] * pairs_LL).astype(dtype)
+            o.put(rows, n, scale * (_dot(scores_LL, v_LP) + _exp(_widen(column, P), limit_LP) * reads_NLP[n]))
+            S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
 
 
 def _states_kernel(
@@ -383,7 +382,7 @@ def _backward_kernel(
             block.open(rows)
         columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         keys = {}
-        for some in _groups(N, GB):
+        for some in _pairs(N):
             dscores_NLL = {}
             for n in some:
                 j = n // G
@@ -430,10 +429,5 @@ def _backward_kernel(
         sums_ref[2, :, rows] = rows_LL[TILE : 2 * TILE]
 
 
-import os
-
-GF, GB = int(os.environ.get("GF", 8)), int(os.environ.get("GB", 8))
-
-
-def _groups(N, G):
-    return [range(s, min(N, s + G)) for s in range(0, N, G)]
+def _pairs(N):
+    return [range(n, min(N, n + 2)) for n in range(0, N, 2)]
