@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.documents import clear_padding
 
@@ -16,6 +15,10 @@ CHUNK = 128
 TILE = 8  # sublanes of a register
 # exp(-128) is 0 in float32: closed gates (-inf, too) stop here.
 _MIN_LOG = -128.0
+
+
+def padded(width: int) -> int:
+    return width + -width % 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +53,6 @@ class Heads:
             return pl.BlockSpec((None, tokens, 1, self.size, self.width), in_place)
         return pl.BlockSpec((None, self.size, tokens, padded(self.width)), lambda *grid: (*index(*grid), 0))
 
-    def words(self, tokens: int):
-        """Returns the scratch memory that a `Block` of one array wants."""
-        if not self.in_place:
-            return pltpu.VMEM((TILE, 128), jnp.float32)
-        if self.dtype == jnp.float32:
-            return pltpu.VMEM((tokens * self.size, self.width), jnp.float32)
-        return pltpu.VMEM((tokens * self.size // 2, self.width), jnp.int32)
-
     def pack(self, x_BTNW: jax.Array, T: int) -> jax.Array:
         """Returns x as the kernels take it, filled up to T tokens."""
         x_BTNW = jnp.pad(x_BTNW, ((0, 0), (0, T - x_BTNW.shape[1]), (0, 0), (0, 0)))
@@ -73,23 +68,14 @@ class Heads:
 
 
 class Block:
-    """A block of heads in VMEM, and scratch memory for those that lie in place: see `Heads`.
+    """A block of heads in VMEM. Of those in place, a 32-bit word holds a row of two bfloat16 heads."""
 
-    Only words of 32 bits can be loaded and stored with a stride; such a word holds a row of two bfloat16 heads.
-    """
-
-    def __init__(self, ref, words):
-        self._ref, self._words = ref, words
-        self.num_heads = ref.shape[2] if len(ref.shape) == 4 else ref.shape[0]
-        self._in_place, self._packed = len(ref.shape) == 4, ref.dtype == jnp.bfloat16
+    def __init__(self, ref):
+        self._ref, self._in_place, self._packed = ref, len(ref.shape) == 4, ref.dtype == jnp.bfloat16
+        self.num_heads = ref.shape[2] if self._in_place else ref.shape[0]
         if self._in_place:
-            self._stride = words.shape[0] // ref.shape[0]
-
-    def open(self, rows: slice) -> None:
-        """Makes ready to get these rows."""
-        if self._in_place:
-            x = self._ref[rows].reshape(-1, self._ref.shape[-1])
-            self._words[self._span(rows)] = pltpu.bitcast(x, jnp.int32) if self._packed else x
+            words = ref.reshape(ref.shape[0] * TILE, ref.shape[3])
+            self._words = words.bitcast(jnp.int32) if self._packed else words
 
     def get(self, rows: slice, n: int) -> jax.Array:
         """Returns head n, `[L, width]`."""
@@ -107,28 +93,17 @@ class Block:
         x = x.astype(self._ref.dtype)
         if not self._in_place:
             self._ref[n, rows] = x
-            return
-        if not self._packed:
+        elif not self._packed:
             self._words[self._every(rows, n)] = x
         elif n % 2 == 0:
             self._even = x
         else:
             low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in (self._even, x))
             self._words[self._every(rows, n // 2)] = jax.lax.shift_right_logical(low, 16) | high
-        if n == self.num_heads - 1:
-            words = self._words[self._span(rows)]
-            words = pltpu.bitcast(words, jnp.bfloat16) if self._packed else words
-            self._ref[rows] = words.reshape(-1, *self._ref.shape[1:])
 
-    def _span(self, rows):
-        return slice(rows.start * self._stride, rows.stop * self._stride)
-
-    def _every(self, rows, i):
-        return pl.ds(rows.start * self._stride + i, rows.stop - rows.start, stride=self._stride)
-
-
-def padded(width: int) -> int:
-    return width + -width % 64
+    def _every(self, rows, n):
+        stride = TILE // 2 if self._packed else TILE
+        return pl.ds(rows.start * stride + n, rows.stop - rows.start, stride=stride)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         in_specs=[call.keys, call.keys, call.values, call.logs, call.ids, call.state],
         out_specs=[call.values, call.state],
         out_shape=[call.value_heads.shape(*call.padded), call.state_shape],
-        scratch_shapes=[_DOCUMENT, *call.words("kkvv")],
+        scratch_shapes=[_DOCUMENT],
         compiler_params=_PARAMS,
     )(*call.pack(q, k, v), logs, ids, call.pad_state(state))
     return call.value_heads.unpack(o, q.shape[1]), _cut(last, state)
@@ -79,7 +79,6 @@ def backward(scale, before, inputs, cotangents):
         scratch_shapes=[
             pltpu.VMEM((tiles.heads, *call.state_shape.shape[2:]), jnp.float32),
             _DOCUMENT,
-            *call.words("kv"),
         ],
         compiler_params=_PARAMS,
     )(k_packed, v_packed, logs, ids, call.pad_state(state))
@@ -110,7 +109,6 @@ def backward(scale, before, inputs, cotangents):
         ],
         scratch_shapes=[
             pltpu.VMEM((max(1, tiles.tokens // CHUNK - 1), tiles.heads, *call.state_shape.shape[2:]), jnp.float32),
-            *call.words("kkvvddv"),
         ],
         compiler_params=_PARAMS,
     )(
@@ -165,10 +163,6 @@ class _Call:
         block = (tiles.heads, *tiles.state_shape()[2:])
         self.state = pl.BlockSpec((None, *block), lambda b, n, c: (b, n, 0, 0))
         self.states = pl.BlockSpec((None, None, *block), lambda b, n, c: (step(c), b, n, 0, 0))
-
-    def words(self, arrays):
-        heads = {"k": self.key_heads, "v": self.value_heads, "d": self.key_gradient_heads}
-        return [heads[array].words(self.tiles.tokens) for array in arrays]
 
     def pack(self, q, k, v):
         T = self.tiles.padded_T
@@ -271,15 +265,13 @@ def _advance(S_HP, k_HL, v_LP, gates, n):
     return gates.keep_11(n) * S_HP + _dot(written, v_LP)
 
 
-def _forward_kernel(
-    scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP, document_11, *words
-):
+def _forward_kernel(scale, before, q_ref, k_ref, v_ref, logs_ref, ids_ref, start_NHP, o_ref, S_NHP, document_11):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
         document_11[...] = jnp.zeros_like(document_11)
 
-    q, k, v, o = (Block(ref, word) for ref, word in zip((q_ref, k_ref, v_ref, o_ref), words, strict=True))
+    q, k, v, o = (Block(ref) for ref in (q_ref, k_ref, v_ref, o_ref))
     N, _, P = S_NHP.shape
     G, dtype = N // q.num_heads, q_ref.dtype
     for rows in _chunks(ids_ref.shape[-1]):
@@ -288,8 +280,6 @@ def _forward_kernel(
         limit_LL, _ = gates.limits_LL(readers_first=True)
         limit_LP = jnp.broadcast_to(gates.limits_L1("before"), (CHUNK, P))
         columns = [x.T for x in gates.rows]
-        for block in (q, k, v):
-            block.open(rows)
         # First the products that need no decay: they keep the matrix units busy while the decays are made.
         k_KHL, scores_KLL, reads_NLP = [], [], []
         for n in range(N):
@@ -306,9 +296,7 @@ def _forward_kernel(
             S_NHP[n] = _advance(S_NHP[n], k_KHL[n // G], v_LP, gates, n)
 
 
-def _states_kernel(
-    before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, documents_11, S_NHP, document_11, *words
-):
+def _states_kernel(before, k_ref, v_ref, logs_ref, ids_ref, start_NHP, states_NHP, documents_11, S_NHP, document_11):
     @pl.when(pl.program_id(2) == 0)
     def _():
         S_NHP[...] = start_NHP[...]
@@ -316,14 +304,12 @@ def _states_kernel(
 
     states_NHP[...] = S_NHP[...]
     documents_11[...] = document_11[...]
-    k, v = (Block(ref, word) for ref, word in zip((k_ref, v_ref), words, strict=True))
+    k, v = Block(k_ref), Block(v_ref)
     N = S_NHP.shape[0]
     G = N // k.num_heads
     for rows in _chunks(ids_ref.shape[-1]):
         gates = _Gates(logs_ref, ids_ref, rows, document_11[...], before)
         document_11[...] = gates.document_11
-        k.open(rows)
-        v.open(rows)
         for n in range(N):
             if n % G == 0:
                 k_HL = k.get(rows, n // G).T
@@ -348,14 +334,13 @@ def _backward_kernel(
     sums_ref,
     dS_NHP,
     between_CNHP,
-    *words,
 ):
     @pl.when(pl.program_id(2) == 0)
     def _():
         dS_NHP[...] = dlast_NHP[...]
 
-    refs = q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref
-    q, k, v, do, dq, dk, dv = (Block(ref, word) for ref, word in zip(refs, words, strict=True))
+    q, k, v, do = (Block(ref) for ref in (q_ref, k_ref, v_ref, do_ref))
+    dq, dk, dv = (Block(ref) for ref in (dq_ref, dk_ref, dv_ref))
     N, H, P = dS_NHP.shape
     G, dtype = N // q.num_heads, q_ref.dtype
     chunks = _chunks(ids_ref.shape[-1])
@@ -365,8 +350,6 @@ def _backward_kernel(
     for rows, old_NHP, new_NHP in zip(chunks[:-1], befores, befores[1:], strict=False):
         gates = _Gates(logs_ref, ids_ref, rows, documents[-1], before)
         documents.append(gates.document_11)
-        k.open(rows)
-        v.open(rows)
         for n in range(N):
             if n % G == 0:
                 k_HL = k.get(rows, n // G).T
@@ -378,8 +361,6 @@ def _backward_kernel(
         limit_LL, decayed_LL = gates.limits_LL(readers_first=False)
         limit_L1 = gates.limits_L1("after")
         columns = [x.T for x in gates.cols]
-        for block in (q, k, v, do):
-            block.open(rows)
         columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         keys = {}
         for some in _pairs(N):
