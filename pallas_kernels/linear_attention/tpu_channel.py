@@ -14,6 +14,8 @@ from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, dot
 from pallas_kernels.common.heads import TILE, Heads
 
 CHUNK = 128
+import os
+UNIT = int(os.environ.get('UNIT','2'))
 # exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
 _CLOSED = -200.0
 _LOG2_E = 1.4426950408889634
@@ -145,6 +147,22 @@ class _Plan:
     def share(self):
         return max(1, self.group // self.size)
 
+    @property
+    def unit_keys(self) -> int:
+        """How many key heads are worked on at once: enough value heads to hide one's latencies behind another."""
+        return UNIT if self.group == 1 and self.size % UNIT == 0 else 1
+
+    def readers(self, key: int) -> range:
+        """Returns the value heads, counted from the unit's first, of a key head counted likewise."""
+        heads = min(self.group, self.size)
+        return range(key * heads, (key + 1) * heads)
+
+    def each(self, unit) -> None:
+        """Calls `unit(key, n)` with the first key and the first value head of each unit of the step."""
+        heads = self.unit_keys * min(self.group, self.size)
+        for u in range(self.size // heads):
+            unit(u * self.unit_keys, u * heads)
+
     def specs(self, chunk):
         H, P = self.widths
         return _Specs(
@@ -229,53 +247,56 @@ def _forward_kernel(plan, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, la
     tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
     product = functools.partial(dot, exact=plan.exact)
 
-    def head(n):
-        q_LH = plan.scale * plan.keys.read(q_ref, n // plan.group)
-        k_LH = tokens.clear(plan.keys.read(k_ref, n // plan.group))
-        v_LP = tokens.clear(plan.values.read(v_ref, n))
-        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
+    def head(q_LH, k_LH, n, i):
+        v_LP = tokens.clear(plan.values.read(v_ref, n, i))
+        decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
         scores_LL = _scores(pairs, decays, q_LH, k_LH, SECOND, product)
-        S_PH = S_NPH[n]
+        S_PH = S_NPH[n + i]
         o_LP = product(scores_LL, v_LP, "nn") + product(q_LH * decays.reads, S_PH, "nt")
-        S_NPH[n] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
+        S_NPH[n + i] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
         return tokens.clear(o_LP)
 
-    for heads in _pairs(plan.size):
-        plan.values.write(o_ref, heads[0], *[head(n) for n in heads])
+    @plan.each
+    def _(key, n):
+        o = []
+        for j in range(plan.unit_keys):
+            q_LH = plan.scale * plan.keys.read(q_ref, key, j)
+            k_LH = tokens.clear(plan.keys.read(k_ref, key, j))
+            o += [head(q_LH, k_LH, n, i) for i in plan.readers(j)]
+        plan.values.write(o_ref, n, o)
 
-    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
-    def _():
-        for n in range(plan.size):
-            last_NHP[n] = S_NPH[n].T
+    _finish(plan, S_NPH, last_NHP)
 
 
 def _states_kernel(plan, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
     _start(S_NPH, S_NHP)
     tokens = _Tokens(flags_1L[...])
-    for n in range(plan.size):
-        k_LH = tokens.clear(plan.keys.read(k_ref, n // plan.group))
-        v_LP = tokens.clear(plan.values.read(v_ref, n))
-        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
-        S_PH = S_NPH[n]
-        states_NPH[n] = S_PH
-        S_NPH[n] = decays.keep_1H * S_PH + dot(v_LP, k_LH * decays.writes, "tn", plan.exact)
+
+    @plan.each
+    def _(key, n):
+        for j in range(plan.unit_keys):
+            k_LH = tokens.clear(plan.keys.read(k_ref, key, j))
+            for i in plan.readers(j):
+                v_LP = tokens.clear(plan.values.read(v_ref, n, i))
+                decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
+                S_PH = S_NPH[n + i]
+                states_NPH[n + i] = S_PH
+                S_NPH[n + i] = decays.keep_1H * S_PH + dot(v_LP, k_LH * decays.writes, "tn", plan.exact)
 
 
-def _backward_kernel(
-    plan, flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP, dS_NPH
-):
+def _backward_kernel(plan, *refs):
+    flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
+    dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
     _start(dS_NPH, dlast_NHP)
     tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
     product = functools.partial(dot, exact=plan.exact)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     later_LL = jnp.where(i <= j, 1.0, 0.0)
 
-    def head(n):
-        q_LH = tokens.clear(plan.scale * plan.keys.read(q_ref, n // plan.group))
-        k_LH = tokens.clear(plan.keys.read(k_ref, n // plan.group))
-        v_LP, do_LP = (tokens.clear(plan.values.read(ref, n)) for ref in (v_ref, do_ref))
-        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
-        S_PH, dS_PH = states_NPH[n], dS_NPH[n]
+    def head(q_LH, k_LH, n, i):
+        v_LP, do_LP = (tokens.clear(plan.values.read(ref, n, i)) for ref in (v_ref, do_ref))
+        decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
+        S_PH, dS_PH = states_NPH[n + i], dS_NPH[n + i]
         # Within the chunk; keys are the rows of what ends in T.
         scoresT_LL = _scores(pairs, decays, q_LH, k_LH, FIRST, product)
         d_LL, dT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
@@ -297,25 +318,26 @@ def _backward_kernel(
         else:
             own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
             dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
-        dS_NPH[n] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
+        dS_NPH[n + i] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
         return plan.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
 
-    sums = {}
-    for heads in _pairs(plan.size):
-        dq, dk, dv, dg = zip(*[head(n) for n in heads], strict=True)
-        plan.values.write(dv_ref, heads[0], *dv)
-        plan.values.write(dg_ref, heads[0], *dg)
-        for n, *d in zip(heads, dq, dk, strict=True):
-            key = n // plan.group
-            sums[key] = [x + y for x, y in zip(sums[key], d, strict=True)] if key in sums else d
-    for keys in _pairs(len(sums)):
-        for ref, d in ((dq_ref, 0), (dk_ref, 1)):
-            plan.dkeys.write(ref, keys[0], *[sums[key][d] for key in keys])
+    @plan.each
+    def _(key, n):
+        dq, dk, dv, dg = [], [], [], []
+        for j in range(plan.unit_keys):
+            q_LH, k_LH = (tokens.clear(plan.keys.read(ref, key, j)) for ref in (q_ref, k_ref))
+            of_heads = [head(plan.scale * q_LH, k_LH, n, i) for i in plan.readers(j)]
+            dq_G, dk_G, dv_G, dg_G = zip(*of_heads, strict=True)
+            dq, dk, dv, dg = [*dq, sum(dq_G)], [*dk, sum(dk_G)], [*dv, *dv_G], [*dg, *dg_G]
+        for heads, ref, start, d in (
+            (plan.dkeys, dq_ref, key, dq),
+            (plan.dkeys, dk_ref, key, dk),
+            (plan.values, dv_ref, n, dv),
+            (plan.values, dg_ref, n, dg),
+        ):
+            heads.write(ref, start, d)
 
-    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
-    def _():
-        for n in range(plan.size):
-            dS_NHP[n] = dS_NPH[n].T
+    _finish(plan, dS_NPH, dS_NHP)
 
 
 def _start(S_NPH, S_NHP):
@@ -327,8 +349,11 @@ def _start(S_NPH, S_NHP):
             S_NPH[n] = S_NHP[n].T
 
 
-def _pairs(size: int) -> list[tuple[int, ...]]:
-    return [tuple(range(n, min(n + 2, size))) for n in range(0, size, 2)]
+def _finish(plan, S_NPH, S_NHP):
+    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
+    def _():
+        for n in range(S_NPH.shape[0]):
+            S_NHP[n] = S_NPH[n].T
 
 
 def _scores(pairs, decays, q_LH, k_LH, rows, product):
