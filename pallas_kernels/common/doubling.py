@@ -1,10 +1,10 @@
 """Decays per key channel in a chunk of one head, inside of TPU kernels: what `decays.ChannelDecay` is for XLA.
 
-Pairs of tokens j < i are taken by block doubling: blocks of m = 1, 2, 4 .. L / 2 tokens, two by two, and a border between
-the two, over which d(j, i] = d(j, border] d(border, i]. A level is one product of matrices, of which only the entries
-whose i lies in a second and j in the first block before it are wanted. Borders lie in the past of the row that is read:
-later tokens change no bit of it. Logs are summed along with the blocks, so that no difference is ever taken, and nothing
-is lost where a decay of -30 stands beside one of -0.01.
+Pairs of tokens j < i are taken by block doubling: blocks of m = 1, 2, 4 .. L / 2 tokens, two by two, and between the two
+a border, over which d(j, i] = d(j, border] d(border, i]. A level is one product of matrices, of which only the entries
+are wanted whose i lies in a second block and whose j in the first block before it. Borders lie in the past of the row
+that is read: later tokens change no bit of it. Logs are summed along with the blocks: no difference is ever taken, and
+nothing is lost where a decay of -30 stands beside one of -0.01.
 
 Eight tokens are the rows of a register. Blocks of fewer find their neighbours by turning registers, and their levels
 take all rows of both sides; larger ones name theirs, and take only the rows that are wanted.

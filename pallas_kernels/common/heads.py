@@ -44,27 +44,27 @@ class Heads:
     def from_kernel(self, x: jax.Array) -> jax.Array:
         return x if self._tiled else jnp.moveaxis(x, 1, 2)
 
-    def read(self, ref, start, i: int = 0) -> jax.Array:
-        """Returns head `start + i` of a block, float32. `start` is even, and may be known only at run time."""
+    def read(self, ref, head: int) -> jax.Array:
+        """Returns one head of a block, float32."""
         if not self._tiled:
-            return ref[start + i].astype(jnp.float32)
+            return ref[head].astype(jnp.float32)
         if ref.dtype == jnp.float32:
-            return _rows(ref)[pl.ds(start + i, self._length, stride=TILE)]
-        words = _rows(ref).bitcast(jnp.uint32)[pl.ds((start >> 1) + i // 2, self._length, stride=TILE // 2)]
-        return jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000) if i % 2 else words << 16, jnp.float32)
+            return _rows(ref)[pl.ds(head, self._length, stride=TILE)]
+        words = _rows(ref).bitcast(jnp.uint32)[pl.ds(head // 2, self._length, stride=TILE // 2)]
+        return jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000) if head % 2 else words << 16, jnp.float32)
 
-    def write(self, ref, start, values: list[jax.Array]) -> None:
-        """Writes heads `start, start + 1 ..`. `start` is even, and tiles of bfloat16 take an even number of heads."""
+    def write(self, ref, head: int, values: list[jax.Array]) -> None:
+        """Writes heads `head, head + 1 ..`: tiles of bfloat16 take an even number of them, from an even one on."""
         if not self._tiled:
             for i, value in enumerate(values):
-                ref[start + i] = value.astype(ref.dtype)
+                ref[head + i] = value.astype(ref.dtype)
         elif ref.dtype == jnp.float32:
             for i, value in enumerate(values):
-                _rows(ref)[pl.ds(start + i, self._length, stride=TILE)] = value
+                _rows(ref)[pl.ds(head + i, self._length, stride=TILE)] = value
         else:
             bits = lambda x: jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.uint32)
             for i in range(0, len(values), 2):
-                place = pl.ds((start >> 1) + i // 2, self._length, stride=TILE // 2)
+                place = pl.ds((head + i) // 2, self._length, stride=TILE // 2)
                 _rows(ref).bitcast(jnp.uint32)[place] = bits(values[i]) >> 16 | bits(values[i + 1])
 
 

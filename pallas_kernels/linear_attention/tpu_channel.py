@@ -14,8 +14,6 @@ from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, dot
 from pallas_kernels.common.heads import TILE, Heads
 
 CHUNK = 128
-import os
-UNIT = int(os.environ.get('UNIT','2'))
 # exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
 _CLOSED = -200.0
 _LOG2_E = 1.4426950408889634
@@ -149,8 +147,8 @@ class _Plan:
 
     @property
     def unit_keys(self) -> int:
-        """How many key heads are worked on at once: enough value heads to hide one's latencies behind another."""
-        return UNIT if self.group == 1 and self.size % UNIT == 0 else 1
+        """How many key heads are taken at once: tiles of bfloat16 are written two heads at a time."""
+        return 2 if self.group == 1 and self.size % 2 == 0 else 1
 
     def readers(self, key: int) -> range:
         """Returns the value heads, counted from the unit's first, of a key head counted likewise."""
@@ -247,22 +245,22 @@ def _forward_kernel(plan, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, la
     tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
     product = functools.partial(dot, exact=plan.exact)
 
-    def head(q_LH, k_LH, n, i):
-        v_LP = tokens.clear(plan.values.read(v_ref, n, i))
-        decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
+    def head(q_LH, k_LH, n):
+        v_LP = tokens.clear(plan.values.read(v_ref, n))
+        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
         scores_LL = _scores(pairs, decays, q_LH, k_LH, SECOND, product)
-        S_PH = S_NPH[n + i]
+        S_PH = S_NPH[n]
         o_LP = product(scores_LL, v_LP, "nn") + product(q_LH * decays.reads, S_PH, "nt")
-        S_NPH[n + i] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
+        S_NPH[n] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
         return tokens.clear(o_LP)
 
     @plan.each
     def _(key, n):
         o = []
         for j in range(plan.unit_keys):
-            q_LH = plan.scale * plan.keys.read(q_ref, key, j)
-            k_LH = tokens.clear(plan.keys.read(k_ref, key, j))
-            o += [head(q_LH, k_LH, n, i) for i in plan.readers(j)]
+            q_LH = plan.scale * plan.keys.read(q_ref, key + j)
+            k_LH = tokens.clear(plan.keys.read(k_ref, key + j))
+            o += [head(q_LH, k_LH, n + i) for i in plan.readers(j)]
         plan.values.write(o_ref, n, o)
 
     _finish(plan, S_NPH, last_NHP)
@@ -275,10 +273,10 @@ def _states_kernel(plan, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH
     @plan.each
     def _(key, n):
         for j in range(plan.unit_keys):
-            k_LH = tokens.clear(plan.keys.read(k_ref, key, j))
+            k_LH = tokens.clear(plan.keys.read(k_ref, key + j))
             for i in plan.readers(j):
-                v_LP = tokens.clear(plan.values.read(v_ref, n, i))
-                decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
+                v_LP = tokens.clear(plan.values.read(v_ref, n + i))
+                decays = tokens.decays(plan.values.read(g_ref, n + i), plan.before)
                 S_PH = S_NPH[n + i]
                 states_NPH[n + i] = S_PH
                 S_NPH[n + i] = decays.keep_1H * S_PH + dot(v_LP, k_LH * decays.writes, "tn", plan.exact)
@@ -293,10 +291,10 @@ def _backward_kernel(plan, *refs):
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     later_LL = jnp.where(i <= j, 1.0, 0.0)
 
-    def head(q_LH, k_LH, n, i):
-        v_LP, do_LP = (tokens.clear(plan.values.read(ref, n, i)) for ref in (v_ref, do_ref))
-        decays = tokens.decays(plan.values.read(g_ref, n, i), plan.before)
-        S_PH, dS_PH = states_NPH[n + i], dS_NPH[n + i]
+    def head(q_LH, k_LH, n):
+        v_LP, do_LP = (tokens.clear(plan.values.read(ref, n)) for ref in (v_ref, do_ref))
+        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
+        S_PH, dS_PH = states_NPH[n], dS_NPH[n]
         # Within the chunk; keys are the rows of what ends in T.
         scoresT_LL = _scores(pairs, decays, q_LH, k_LH, FIRST, product)
         d_LL, dT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
@@ -318,15 +316,15 @@ def _backward_kernel(plan, *refs):
         else:
             own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
             dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
-        dS_NPH[n + i] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
         return plan.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
 
     @plan.each
     def _(key, n):
         dq, dk, dv, dg = [], [], [], []
         for j in range(plan.unit_keys):
-            q_LH, k_LH = (tokens.clear(plan.keys.read(ref, key, j)) for ref in (q_ref, k_ref))
-            of_heads = [head(plan.scale * q_LH, k_LH, n, i) for i in plan.readers(j)]
+            q_LH, k_LH = (tokens.clear(plan.keys.read(ref, key + j)) for ref in (q_ref, k_ref))
+            of_heads = [head(plan.scale * q_LH, k_LH, n + i) for i in plan.readers(j)]
             dq_G, dk_G, dv_G, dg_G = zip(*of_heads, strict=True)
             dq, dk, dv, dg = [*dq, sum(dq_G)], [*dk, sum(dk_G)], [*dv, *dv_G], [*dg, *dg_G]
         for heads, ref, start, d in (
