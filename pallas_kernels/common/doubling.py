@@ -72,18 +72,22 @@ class Decays:
         L, H = logs_LH.shape
         tiles = (L // _ROWS, _ROWS, H)
         row = jax.lax.broadcasted_iota(jnp.int32, tiles, 1)
-        # Of each block: the logs from its start to a token, from a token to its end, and of all of it, in every row.
-        head, tail, whole = own_LH.reshape(tiles), jnp.zeros(tiles, jnp.float32), logs_LH.reshape(tiles)
+        is_second = lambda m: (row & m) != 0
+        own, whole = own_LH.reshape(tiles), logs_LH.reshape(tiles)
         self.levels = {}
+        # Of a token's block: the log of all of it. Of the token: that from the block's start to it and that from it to
+        # the block's end; `this` is the one that crosses the border of the level, `other` is the other one.
         m = 1
+        this, other = jnp.where(is_second(1), own, 0), jnp.where(is_second(1), 0, own)
         while m < _ROWS:
-            second = (row & m) != 0
-            self.levels[m] = jnp.exp2(jnp.where(second, head, tail).reshape(L, H))
-            neighbour = jnp.where(second, pltpu.roll(whole, m, 1), pltpu.roll(whole, _ROWS - m, 1))
-            head = jnp.where(second, head + neighbour, head)
-            tail = jnp.where(second, tail, tail + neighbour)
-            whole += neighbour
+            self.levels[m] = jnp.exp2(this.reshape(L, H))
+            neighbour = jnp.where(is_second(m), pltpu.roll(whole, m, 1), pltpu.roll(whole, _ROWS - m, 1))
+            this, whole = this + neighbour, whole + neighbour
             m *= 2
+            if m < _ROWS:
+                stays = is_second(m // 2) == is_second(m)
+                this, other = jnp.where(stays, this, other), jnp.where(stays, other, this)
+        head, tail = jnp.where(is_second(m // 2), this, other), jnp.where(is_second(m // 2), other, this)
         while m < L:
             blocks = (L // (2 * m), 2, m // _ROWS, _ROWS, H)
             head, tail = head.reshape(blocks), tail.reshape(blocks)
@@ -103,7 +107,7 @@ class Pairs:
 
     def __init__(self, length: int, before: bool):
         i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-        self._before, self.apart_LL = before, i ^ j
+        self._before, self.apart_LL, self._later_LL = before, i ^ j, i <= j
         self._lower_LL = {SECOND: jnp.where(i > j, i ^ j, 0), FIRST: jnp.where(i < j, i ^ j, 0)}
 
     def gather(self, found: dict[int, jax.Array], own_L1: jax.Array, rows: int) -> jax.Array:
@@ -126,3 +130,11 @@ class Pairs:
         """Returns what of the scores belongs to level m, in the rows that `take` takes."""
         apart = take(self._lower_LL[rows], m, rows)
         return jnp.where(apart & -m == m, take(scores_LL, m, rows), 0)
+
+    def later(self, reach: int) -> jax.Array:
+        """Returns the matrix that sums over a token and those after it in its block of `reach`."""
+        return jnp.where(self._later_LL & (self.apart_LL < reach), 1.0, 0.0)
+
+    def earlier(self) -> jax.Array:
+        """Returns the matrix that sums over the tokens before one."""
+        return jnp.where(self._lower_LL[SECOND] > 0, 1.0, 0.0)

@@ -65,7 +65,7 @@ def backward(scale, before, inputs, cotangents):
         grid=plan.grid,
         in_specs=[spec.flags, spec.keys, spec.values, spec.decays, spec.state],
         out_specs=spec.states,
-        out_shape=jax.ShapeDtypeStruct((B, plan.grid[2], N, P, H), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((B, plan.grid[2], N, P, H), jnp.float32 if plan.exact else jnp.bfloat16),
         scratch_shapes=[pltpu.VMEM((plan.size, P, H), jnp.float32)],
         compiler_params=_PARAMS,
         name="linear_attention_channel_states",
@@ -221,23 +221,37 @@ def _widen(x: jax.Array, *axes: int) -> jax.Array:
 
 
 class _Tokens:
-    """Which tokens of the chunk are real and which start a document, `LX` for any X; the rest reads as zero."""
+    """Which tokens of the chunk are real and which start a document. What is not real, or beyond T, may be anything."""
 
     def __init__(self, flags_1L: jax.Array):
-        flags_LL = jnp.broadcast_to(flags_1L.astype(jnp.float32), (CHUNK, CHUNK)).T
-        self._flags_L1 = flags_LL[:, :1].astype(jnp.int32)
+        flags_LL = jnp.broadcast_to(flags_1L, (CHUNK, CHUNK)).astype(jnp.float32).T.astype(jnp.int32)
+        starts_LL = flags_LL & _STARTS > 0
+        self._real_LL = jnp.where(flags_LL & _REAL > 0, -1, 0)
+        self._goes_on_LL = jnp.where(starts_LL, 0, self._real_LL)
+        self._most_LL = jnp.where(starts_LL, _CLOSED, 0.0)
 
     def clear(self, x_LX: jax.Array) -> jax.Array:
-        return jnp.where(jnp.broadcast_to(self._flags_L1 & _REAL, x_LX.shape) > 0, x_LX, 0)
+        """Returns x with zeros, NaN or not, for what is not real."""
+        return _and(x_LX, self._real_LL)
 
     def clear_starts(self, x_LX: jax.Array) -> jax.Array:
-        return jnp.where(jnp.broadcast_to(self._flags_L1, x_LX.shape) == _REAL, x_LX, 0)
+        """Returns x with zeros for what is not real and for the starts of documents."""
+        return _and(x_LX, self._goes_on_LL)
 
     def decays(self, g_LH: jax.Array, before: bool) -> Decays:
-        starts = jnp.broadcast_to(self._flags_L1 & _STARTS, g_LH.shape) > 0
-        logs_LH = self.clear(jnp.maximum(g_LH * _LOG2_E, _CLOSED))
-        logs_LH = jnp.where(starts, _CLOSED, logs_LH)
-        return Decays(logs_LH, jnp.where(starts, _CLOSED, 0.0) if before else logs_LH)
+        most_LH = _as_wide(self._most_LL, g_LH.shape[1])
+        logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
+        return Decays(logs_LH, most_LH if before else logs_LH)
+
+
+def _as_wide(same_LL: jax.Array, width: int) -> jax.Array:
+    """Returns `LX` of an array whose lanes are all the same."""
+    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
+
+
+def _and(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
+    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _as_wide(bits_LL, x_LX.shape[1])
+    return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
 
 
 def _forward_kernel(plan, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
@@ -278,7 +292,7 @@ def _states_kernel(plan, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH
                 v_LP = tokens.clear(plan.values.read(v_ref, n + i))
                 decays = tokens.decays(plan.values.read(g_ref, n + i), plan.before)
                 S_PH = S_NPH[n + i]
-                states_NPH[n + i] = S_PH
+                states_NPH[n + i] = S_PH.astype(states_NPH.dtype)
                 S_NPH[n + i] = decays.keep_1H * S_PH + dot(v_LP, k_LH * decays.writes, "tn", plan.exact)
 
 
@@ -288,31 +302,39 @@ def _backward_kernel(plan, *refs):
     _start(dS_NPH, dlast_NHP)
     tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
     product = functools.partial(dot, exact=plan.exact)
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    later_LL = jnp.where(i <= j, 1.0, 0.0)
 
     def head(q_LH, k_LH, n):
         v_LP, do_LP = (tokens.clear(plan.values.read(ref, n)) for ref in (v_ref, do_ref))
         decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
-        S_PH, dS_PH = states_NPH[n], dS_NPH[n]
+        S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
         # Within the chunk; keys are the rows of what ends in T.
         scoresT_LL = _scores(pairs, decays, q_LH, k_LH, FIRST, product)
         d_LL, dT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
-        dq_LH, dk_LH = decays.reads * product(do_LP, S_PH, "nn"), decays.writes * product(v_LP, dS_PH, "nn")
-        # What the chunk leaves in the state and what it keeps of it: the last two of the four sums.
-        whole_1H = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
-        whole_1H += jnp.sum(k_LH * dk_LH, axis=0, keepdims=True)
+        # Through the states.
+        dread_LH = decays.reads * product(do_LP, S_PH, "nn")
+        dput_LH = decays.writes * product(v_LP, dS_PH, "nn")
+        dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
+        dg_LH += product(pairs.earlier(), k_LH * dput_LH, "nn")
+        sums = []
         for m, d_LH in decays.levels.items():
             to, of = doubling.take(d_LH, m, SECOND), doubling.take(d_LH, m, FIRST)
             q, k = doubling.take(q_LH, m, SECOND) * to, doubling.take(k_LH, m, FIRST) * of
-            dq = product(pairs.pick(d_LL, m, SECOND), doubling.fill(k, m, FIRST), "nn")
-            dk = product(pairs.pick(dT_LL, m, FIRST), doubling.fill(q, m, SECOND), "nn")
-            dq_LH, dk_LH = doubling.add(dq_LH, to * dq, m, SECOND), doubling.add(dk_LH, of * dk, m, FIRST)
+            dq = to * product(pairs.pick(d_LL, m, SECOND), doubling.fill(k, m, FIRST), "nn")
+            dk = of * product(pairs.pick(dT_LL, m, FIRST), doubling.fill(q, m, SECOND), "nn")
+            if m in (1, 8, 32):
+                level_dq_LH, level_dk_LH = doubling.fill(dq, m, SECOND), doubling.fill(dk, m, FIRST)
+            else:
+                level_dq_LH, level_dk_LH = doubling.add(level_dq_LH, dq, m, SECOND), doubling.add(level_dk_LH, dk, m, FIRST)
+            if m in (4, 16, 64):
+                if m == 64:
+                    level_dq_LH = level_dq_LH + dread_LH
+                dg_LH += product(pairs.later(2 * m), q_LH * level_dq_LH - k_LH * level_dk_LH, "nn")
+                sums.append((level_dq_LH, level_dk_LH))
+        dq_LH, dk_LH = (x + y + z for x, y, z in zip(*sums, strict=True))
+        dk_LH += dput_LH
         dv_LP = product(scoresT_LL, do_LP, "nn") + product(k_LH * decays.writes, dS_PH, "nt")
-        rows_LH = q_LH * dq_LH
-        dg_LH = _cumulate(later_LL, rows_LH - k_LH * dk_LH, plan.exact) + whole_1H
         if plan.before:
-            dg_LH -= rows_LH
+            dg_LH -= q_LH * dq_LH
         else:
             own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
             dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
@@ -364,10 +386,3 @@ def _scores(pairs, decays, q_LH, k_LH, rows, product):
         else:
             found[m] = product(k, doubling.fill(q, m, SECOND), "nt")
     return pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), rows)
-
-
-def _cumulate(which_LL, x_LH, exact):
-    if exact:
-        return dot(which_LL, x_LH, "nn", exact=True)
-    high_LH = x_LH.astype(jnp.bfloat16).astype(jnp.float32)
-    return dot(which_LL, high_LH, "nn", exact=False) + dot(which_LL, x_LH - high_LH, "nn", exact=False)
