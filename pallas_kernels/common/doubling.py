@@ -1,7 +1,7 @@
 """Decays per key channel in a chunk of one head, inside of TPU kernels: what `decays.ChannelDecay` is for XLA.
 
-Pairs of tokens j < i are taken by block doubling: blocks of m = 1, 2, 4 .. L / 2 tokens, two by two, and between the two
-a border, over which d(j, i] = d(j, border] d(border, i]. A level is one product of matrices, of which only the entries
+Pairs of tokens j < i are taken by block doubling: blocks of m = 1, 2, 4 .. L / 2 tokens, two by two, and between two a
+border, over which d(j, i] = d(j, border] d(border, i]. A level is one product of matrices, of which only the entries
 are wanted whose i lies in a second block and whose j in the first block before it. Borders lie in the past of the row
 that is read: later tokens change no bit of it. Logs are summed along with the blocks: no difference is ever taken, and
 nothing is lost where a decay of -30 stands beside one of -0.01.

@@ -11,32 +11,32 @@ Arrays whose number of heads is no multiple of 8 are taken as `BNT...`.
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 TILE = 8
 
 
 class Heads:
-    """How kernels see `x [B T M X]` whose heads come `size` at a time, in blocks of `length` tokens.
+    """How kernels see `x [B T M X]`: blocks of `length` tokens and `size` of the M heads.
 
-    With `share` steps of the kernel reading one head, size is 1 and the block is the same for all of them.
+    `readers` steps, one after another, see the same heads.
     """
 
-    def __init__(self, num_heads: int, size: int, length: int, share: int = 1):
-        self.size, self._length, self._share = size, length, share
-        self._tiled = size == TILE and num_heads % TILE == 0
+    def __init__(self, shape_BTM: tuple[int, int, int], size: int, length: int, readers: int = 1):
+        self._shape_BTM, self._size, self._length, self._readers = shape_BTM, size, length, readers
+        self._tiled = size == TILE and shape_BTM[2] % TILE == 0
 
     def spec(self, width: int, chunk) -> pl.BlockSpec:
-        """Returns the block of a grid (row, group of heads, step), `chunk(step)` being the block's place in T."""
-        block = lambda n: jax.lax.div(n, self._share)
+        """Returns the blocks of a grid (row, group of heads, step); `chunk(step)` is the block's place in T."""
+        group = lambda n: n if self._readers == 1 else jax.lax.div(n, self._readers)
         if self._tiled:
-            return pl.BlockSpec((None, self._length, TILE, width), lambda b, n, c: (b, chunk(c), block(n), 0))
-        shape = (None, self.size, self._length, width)
-        return pl.BlockSpec(shape, lambda b, n, c: (b, block(n), chunk(c), 0))
+            return pl.BlockSpec((None, self._length, TILE, width), lambda b, n, c: (b, chunk(c), group(n), 0))
+        return pl.BlockSpec((None, self._size, self._length, width), lambda b, n, c: (b, group(n), chunk(c), 0))
 
-    def shape(self, x_shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        """Returns the shape of the array that the kernel takes."""
-        B, T, M, X = x_shape
-        return jax.ShapeDtypeStruct(x_shape if self._tiled else (B, M, T, X), dtype)
+    def shape(self, width: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Returns the shape of what kernels write."""
+        B, T, M = self._shape_BTM
+        return jax.ShapeDtypeStruct((B, T, M, width) if self._tiled else (B, M, T, width), dtype)
 
     def to_kernel(self, x_BTMX: jax.Array) -> jax.Array:
         return x_BTMX if self._tiled else jnp.moveaxis(x_BTMX, 2, 1)

@@ -1,4 +1,23 @@
-"""Linear attention with one decay per key channel, on TPU: GLA, https://arxiv.org/abs/2312.06635, RWKV-6, HGRN2."""
+"""Linear attention with one decay per key channel, on TPU: GLA, https://arxiv.org/abs/2312.06635, RWKV-6, HGRN2.
+
+The mathematics is that of `xla.py`, in chunks of 128 tokens, with the decays of `common/doubling.py`. States are walked
+turned around, `S_PH`: decays are then rows, which multiply without being turned. The backward pass runs `states`, which
+walks the row again and leaves the state before each chunk in HBM, then `backward`, from the last chunk to the first.
+
+The gradient of g is as in `common/decays.py`, but for pairs of tokens in one chunk: what they add to rows and cols
+cancels outside of the blocks in which they meet. Rounded products would leave something there, more than what strong
+decays let through; so close pairs are summed over blocks of 8 tokens only.
+
+What it costs, in cycles per token and head by the compiler's schedule, 8 heads with H = P = 128 and bfloat16:
+
+                  v5e: kernel  HBM  matrix unit      v6e: kernel  HBM  matrix unit
+    forward               3.6  2.9          3.0             ---  1.7          1.0
+    states                1.5  2.4          0.4             ---  1.4          0.1
+    backward             10.3  5.7          6.8             ---  3.3          3.0
+
+Both large kernels are bound by registers: the scheduler starts as much as it can, and then moves one vector a cycle to
+VMEM. Chunks of 64 would need fewer registers, but twice the states.
+"""
 
 import dataclasses
 import functools
@@ -8,216 +27,114 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import doubling
-from pallas_kernels.common.documents import fill_padding
-from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, dot
-from pallas_kernels.common.heads import TILE, Heads
+from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, add, dot, fill, take
+from pallas_kernels.linear_attention.tpu_channel_blocks import CHUNK, REAL, STARTS, Blocks, flags, widen
 
-CHUNK = 128
+_LOG2_E = 1.4426950408889634
 # exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
 _CLOSED = -200.0
-_LOG2_E = 1.4426950408889634
-_REAL, _STARTS = 1, 2
+# What does not fit into registers is kept in VMEM.
+_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
+)
 
 
 def unsupported(q, k, v, g):
     """Returns why these arguments need another implementation, or None."""
-    del g
-    if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (q, k, v)):
+    if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (q, k, v)) or g.dtype != jnp.float32:
         return f"q {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be float32 or bfloat16"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"heads wider than 256, and here are keys of {q.shape[-1]} and values of {v.shape[-1]}"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"heads wider than 256, and here keys have {q.shape[3]} and values {v.shape[3]}"
     return None
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
     """Returns (o, state). segment_ids are the user's: 0 is padding, where v and g may be anything."""
-    plan, args = _prepare(scale, before, q, k, v, g, segment_ids)
-    B, T, N, P = v.shape
-    state_BNHP = _widen(state, 2, 3)
-    H, P = state_BNHP.shape[2:]
-    spec = plan.specs(lambda c: c)
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
+    spec, state_BNHP = blocks.specs(), widen(state, 2, 3)
     o, last_BNHP = pl.pallas_call(
-        functools.partial(_forward_kernel, plan),
-        grid=plan.grid,
-        in_specs=[*spec.inputs, spec.state],
-        out_specs=[spec.values, spec.state],
-        out_shape=[plan.values.shape((B, T, N, P), v.dtype), jax.ShapeDtypeStruct(state_BNHP.shape, jnp.float32)],
-        scratch_shapes=[pltpu.VMEM((plan.size, P, H), jnp.float32)],
-        compiler_params=_PARAMS,
+        functools.partial(_forward_kernel, rule, blocks),
         name="linear_attention_channel",
-    )(*args, state_BNHP)
-    return plan.values.from_kernel(o)[..., : v.shape[-1]], last_BNHP[:, :, : state.shape[2], : state.shape[3]]
+        grid=blocks.grid,
+        in_specs=[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, spec.state],
+        out_specs=[spec.values, spec.state],
+        out_shape=[blocks.values.shape(blocks.P, v.dtype), _like(state_BNHP)],
+        scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
+        compiler_params=_PARAMS,
+    )(flags(segment_ids), *blocks.pack(q, k, v, g), state_BNHP)
+    return blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)
 
 
 def backward(scale, before, inputs, cotangents):
     """Returns the gradients of q, k, v, g and state."""
     q, k, v, g, state, segment_ids = inputs
     do, dlast = cotangents
-    plan, args = _prepare(scale, before, q, k, v, g, segment_ids)
-    B, T, N, _ = v.shape
-    state_BNHP, dlast_BNHP = _widen(state, 2, 3), _widen(dlast, 2, 3)
-    H, P = state_BNHP.shape[2:]
-    do = plan.values.to_kernel(_widen(do, 3))
-    spec = plan.specs(lambda c: c)
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
+    state_BNHP, flags_B1T, packed = widen(state, 2, 3), flags(segment_ids), blocks.pack(q, k, v, g)
+    scratch = [pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)]
+    spec = blocks.specs()
     states = pl.pallas_call(
-        functools.partial(_states_kernel, plan),
-        grid=plan.grid,
+        functools.partial(_states_kernel, rule, blocks),
+        name="linear_attention_channel_states",
+        grid=blocks.grid,
         in_specs=[spec.flags, spec.keys, spec.values, spec.decays, spec.state],
         out_specs=spec.states,
-        out_shape=jax.ShapeDtypeStruct((B, plan.grid[2], N, P, H), jnp.float32 if plan.exact else jnp.bfloat16),
-        scratch_shapes=[pltpu.VMEM((plan.size, P, H), jnp.float32)],
+        out_shape=jax.ShapeDtypeStruct(
+            (blocks.B, blocks.grid[2], blocks.N, blocks.P, blocks.H), jnp.float32 if rule.exact else jnp.bfloat16
+        ),
+        scratch_shapes=scratch,
         compiler_params=_PARAMS,
-        name="linear_attention_channel_states",
-    )(args[0], *args[2:], state_BNHP)
-    spec = plan.specs(lambda c: plan.grid[2] - 1 - c)
-    # Where several steps share a key head, each gives its own part of the gradient.
-    partial = lambda x: plan.dkeys.shape((B, T, plan.num_dkeys, H), x.dtype if plan.share == 1 else jnp.float32)
+    )(flags_B1T, *packed[1:], state_BNHP)
+    spec = blocks.specs(backwards=True)
     dq, dk, dv, dg, dstate_BNHP = pl.pallas_call(
-        functools.partial(_backward_kernel, plan),
-        grid=plan.grid,
-        in_specs=[*spec.inputs, spec.values, spec.states, spec.state],
+        functools.partial(_backward_kernel, rule, blocks),
+        name="linear_attention_channel_backward",
+        grid=blocks.grid,
+        in_specs=[
+            *[spec.flags, spec.keys, spec.keys, spec.values, spec.decays],
+            *[spec.values, spec.states, spec.state],
+        ],
         out_specs=[spec.dkeys, spec.dkeys, spec.values, spec.decays, spec.state],
         out_shape=[
-            partial(q),
-            partial(k),
-            plan.values.shape((B, T, N, P), v.dtype),
-            plan.values.shape((B, T, N, H), jnp.float32),
-            jax.ShapeDtypeStruct(state_BNHP.shape, jnp.float32),
+            *[blocks.dkeys.shape(blocks.H, x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
+            blocks.values.shape(blocks.P, v.dtype),
+            blocks.values.shape(blocks.H, jnp.float32),
+            _like(state_BNHP),
         ],
-        scratch_shapes=[pltpu.VMEM((plan.size, P, H), jnp.float32)],
+        scratch_shapes=scratch,
         compiler_params=_PARAMS,
-        name="linear_attention_channel_backward",
-    )(*args, do, states, dlast_BNHP)
-
-    def join(d, x):
-        d_BTKsH = plan.dkeys.from_kernel(d).reshape(B, T, -1, plan.share, H)
-        d_BTKH = d_BTKsH[:, :, :, 0] if plan.share == 1 else jnp.sum(d_BTKsH, axis=3)
-        return d_BTKH[..., : x.shape[-1]].astype(x.dtype)
-
+    )(flags_B1T, *packed, blocks.values.to_kernel(widen(do, 3)), states, widen(dlast, 2, 3))
     return (
-        join(dq, q),
-        join(dk, k),
-        plan.values.from_kernel(dv)[..., : v.shape[-1]],
-        plan.values.from_kernel(dg)[..., : g.shape[-1]],
-        dstate_BNHP[:, :, : state.shape[2], : state.shape[3]],
+        blocks.key_gradient(dq, q),
+        blocks.key_gradient(dk, k),
+        blocks.values.from_kernel(dv)[..., : v.shape[3]],
+        blocks.values.from_kernel(dg)[..., : g.shape[3]],
+        _cut(dstate_BNHP, state),
     )
 
 
-# Large kernels keep many registers' worth of values in VMEM.
-_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
-)
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def _cut(x_BNHP: jax.Array, like: jax.Array) -> jax.Array:
+    return x_BNHP[:, :, : like.shape[2], : like.shape[3]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Specs:
-    flags: pl.BlockSpec
-    keys: pl.BlockSpec
-    dkeys: pl.BlockSpec
-    values: pl.BlockSpec
-    decays: pl.BlockSpec
-    state: pl.BlockSpec
-    states: pl.BlockSpec
-
-    @property
-    def inputs(self):
-        return self.flags, self.keys, self.keys, self.values, self.decays
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """One step of the kernels takes `size` value heads and a chunk; `share` steps share a key head."""
+class _Rule:
+    """What the kernels compute; products of float32 are `exact`."""
 
     scale: float
     before: bool
     exact: bool
-    grid: tuple[int, int, int]
-    widths: tuple[int, int]
-    size: int
-    group: int
-    keys: Heads
-    dkeys: Heads
-    num_dkeys: int
-    values: Heads
 
-    @property
-    def share(self):
-        return max(1, self.group // self.size)
+    @classmethod
+    def of(cls, scale, before, q, k, v):
+        return cls(scale, before, any(x.dtype == jnp.float32 for x in (q, k, v)))
 
-    @property
-    def unit_keys(self) -> int:
-        """How many key heads are taken at once: tiles of bfloat16 are written two heads at a time."""
-        return 2 if self.group == 1 and self.size % 2 == 0 else 1
-
-    def readers(self, key: int) -> range:
-        """Returns the value heads, counted from the unit's first, of a key head counted likewise."""
-        heads = min(self.group, self.size)
-        return range(key * heads, (key + 1) * heads)
-
-    def each(self, unit) -> None:
-        """Calls `unit(key, n)` with the first key and the first value head of each unit of the step."""
-        heads = self.unit_keys * min(self.group, self.size)
-        for u in range(self.size // heads):
-            unit(u * self.unit_keys, u * heads)
-
-    def specs(self, chunk):
-        H, P = self.widths
-        return _Specs(
-            pl.BlockSpec((None, 1, CHUNK), lambda b, n, c: (b, 0, chunk(c))),
-            self.keys.spec(H, chunk),
-            self.dkeys.spec(H, chunk),
-            self.values.spec(P, chunk),
-            self.values.spec(H, chunk),
-            pl.BlockSpec((None, self.size, H, P), lambda b, n, c: (b, n, 0, 0)),
-            pl.BlockSpec((None, None, self.size, P, H), lambda b, n, c: (b, chunk(c), n, 0, 0)),
-        )
-
-
-def _prepare(scale, before, q, k, v, g, segment_ids):
-    """Returns the plan and the arguments that all kernels share."""
-    B, T, N, P = v.shape
-    K = q.shape[2]
-    G, size = N // K, _heads_per_step(K, N // K)
-    share = max(1, G // size)
-    plan = _Plan(
-        scale=scale,
-        before=before,
-        exact=any(x.dtype == jnp.float32 for x in (q, k, v)),
-        grid=(B, N // size, pl.cdiv(T, CHUNK)),
-        widths=(_width(q.shape[-1]), _width(P)),
-        size=size,
-        group=G,
-        keys=Heads(K, max(1, size // G), CHUNK, share),
-        dkeys=Heads(K * share, max(1, size // G), CHUNK),
-        num_dkeys=K * share,
-        values=Heads(N, size, CHUNK),
-    )
-    ids_BT = fill_padding(segment_ids)
-    starts_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)))
-    flags_BT = jnp.where(segment_ids > 0, _REAL, 0) | jnp.where(starts_BT, _STARTS, 0)
-    flags_B1T = jnp.pad(flags_BT, ((0, 0), (0, -T % CHUNK)))[:, None]
-    keys = [plan.keys.to_kernel(_widen(x, 3)) for x in (q, k)]
-    return plan, [flags_B1T, *keys, *[plan.values.to_kernel(_widen(x, 3)) for x in (v, g)]]
-
-
-def _heads_per_step(K: int, G: int) -> int:
-    """Returns how many value heads a step takes: whole key heads, or a part of one."""
-    if (K * G) % TILE == 0 and (TILE % G == 0 or G % TILE == 0):
-        return TILE
-    if G > TILE:
-        return next(size for size in range(TILE, 0, -1) if G % size == 0)
-    return next(G * keys for keys in range(TILE // G, 0, -1) if K % keys == 0)
-
-
-def _width(size: int) -> int:
-    return 64 if size <= 64 else size + -size % 128
-
-
-def _widen(x: jax.Array, *axes: int) -> jax.Array:
-    """Fills axes up with zeros to a width that the kernels take."""
-    widths = [(0, _width(size) - size if axis in axes else 0) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, widths) if any(after for _, after in widths) else x
+    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
+        return dot(x, y, sides, self.exact)
 
 
 class _Tokens:
@@ -225,13 +142,13 @@ class _Tokens:
 
     def __init__(self, flags_1L: jax.Array):
         flags_LL = jnp.broadcast_to(flags_1L, (CHUNK, CHUNK)).astype(jnp.float32).T.astype(jnp.int32)
-        starts_LL = flags_LL & _STARTS > 0
-        self._real_LL = jnp.where(flags_LL & _REAL > 0, -1, 0)
+        starts_LL = flags_LL & STARTS > 0
+        self._real_LL = jnp.where(flags_LL & REAL > 0, -1, 0)
         self._goes_on_LL = jnp.where(starts_LL, 0, self._real_LL)
         self._most_LL = jnp.where(starts_LL, _CLOSED, 0.0)
 
     def clear(self, x_LX: jax.Array) -> jax.Array:
-        """Returns x with zeros, NaN or not, for what is not real."""
+        """Returns x with zeros, in place of NaN too, for what is not real."""
         return _and(x_LX, self._real_LL)
 
     def clear_starts(self, x_LX: jax.Array) -> jax.Array:
@@ -239,150 +156,128 @@ class _Tokens:
         return _and(x_LX, self._goes_on_LL)
 
     def decays(self, g_LH: jax.Array, before: bool) -> Decays:
-        most_LH = _as_wide(self._most_LL, g_LH.shape[1])
+        most_LH = _widen_lanes(self._most_LL, g_LH.shape[1])
         logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
         return Decays(logs_LH, most_LH if before else logs_LH)
 
 
-def _as_wide(same_LL: jax.Array, width: int) -> jax.Array:
+def _widen_lanes(same_LL: jax.Array, width: int) -> jax.Array:
     """Returns `LX` of an array whose lanes are all the same."""
     return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
 
 
 def _and(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
-    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _as_wide(bits_LL, x_LX.shape[1])
+    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen_lanes(bits_LL, x_LX.shape[1])
     return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
 
 
-def _forward_kernel(plan, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
+def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
     _start(S_NPH, S_NHP)
-    tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
-    product = functools.partial(dot, exact=plan.exact)
+    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
 
     def head(q_LH, k_LH, n):
-        v_LP = tokens.clear(plan.values.read(v_ref, n))
-        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
-        scores_LL = _scores(pairs, decays, q_LH, k_LH, SECOND, product)
+        v_LP = tokens.clear(blocks.values.read(v_ref, n))
+        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+        found = {}
+        for m, d_LH in decays.levels.items():
+            q, k = (take(x_LH, m, half) * take(d_LH, m, half) for x_LH, half in ((q_LH, SECOND), (k_LH, FIRST)))
+            found[m] = product(q, fill(k, m, FIRST), "nt")
+        scores_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
         S_PH = S_NPH[n]
         o_LP = product(scores_LL, v_LP, "nn") + product(q_LH * decays.reads, S_PH, "nt")
         S_NPH[n] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
         return tokens.clear(o_LP)
 
-    @plan.each
-    def _(key, n):
+    for unit in blocks.units:
         o = []
-        for j in range(plan.unit_keys):
-            q_LH = plan.scale * plan.keys.read(q_ref, key + j)
-            k_LH = tokens.clear(plan.keys.read(k_ref, key + j))
-            o += [head(q_LH, k_LH, n + i) for i in plan.readers(j)]
-        plan.values.write(o_ref, n, o)
+        for key, heads in unit:
+            q_LH = rule.scale * blocks.keys.read(q_ref, key)
+            k_LH = tokens.clear(blocks.keys.read(k_ref, key))
+            o += [head(q_LH, k_LH, n) for n in heads]
+        blocks.values.write(o_ref, unit[0][1][0], o)
+    _finish(S_NPH, last_NHP)
 
-    _finish(plan, S_NPH, last_NHP)
 
-
-def _states_kernel(plan, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
+def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
     _start(S_NPH, S_NHP)
     tokens = _Tokens(flags_1L[...])
-
-    @plan.each
-    def _(key, n):
-        for j in range(plan.unit_keys):
-            k_LH = tokens.clear(plan.keys.read(k_ref, key + j))
-            for i in plan.readers(j):
-                v_LP = tokens.clear(plan.values.read(v_ref, n + i))
-                decays = tokens.decays(plan.values.read(g_ref, n + i), plan.before)
-                S_PH = S_NPH[n + i]
-                states_NPH[n + i] = S_PH.astype(states_NPH.dtype)
-                S_NPH[n + i] = decays.keep_1H * S_PH + dot(v_LP, k_LH * decays.writes, "tn", plan.exact)
+    for unit in blocks.units:
+        for key, heads in unit:
+            k_LH = tokens.clear(blocks.keys.read(k_ref, key))
+            for n in heads:
+                v_LP = tokens.clear(blocks.values.read(v_ref, n))
+                decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+                S_PH = S_NPH[n]
+                states_NPH[n] = S_PH.astype(states_NPH.dtype)
+                S_NPH[n] = decays.keep_1H * S_PH + rule.product(v_LP, k_LH * decays.writes, "tn")
 
 
-def _backward_kernel(plan, *refs):
+def _backward_kernel(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
     _start(dS_NPH, dlast_NHP)
-    tokens, pairs = _Tokens(flags_1L[...]), Pairs(CHUNK, plan.before)
-    product = functools.partial(dot, exact=plan.exact)
+    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
 
     def head(q_LH, k_LH, n):
-        v_LP, do_LP = (tokens.clear(plan.values.read(ref, n)) for ref in (v_ref, do_ref))
-        decays = tokens.decays(plan.values.read(g_ref, n), plan.before)
+        v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
+        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
         S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
-        # Within the chunk; keys are the rows of what ends in T.
-        scoresT_LL = _scores(pairs, decays, q_LH, k_LH, FIRST, product)
-        d_LL, dT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
-        # Through the states.
+        # 1. Through the states: what the chunk reads, what it leaves, what it keeps.
         dread_LH = decays.reads * product(do_LP, S_PH, "nn")
         dput_LH = decays.writes * product(v_LP, dS_PH, "nn")
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), k_LH * dput_LH, "nn")
-        sums = []
+        # 2. Within the chunk. Rows of scores are readers, those of their transpose what is read.
+        dscores_LL, dscoresT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
+        found, dq_near_LH, dq_far_LH = {}, jnp.zeros_like(q_LH), dread_LH
+        dk_near_LH, dk_far_LH = jnp.zeros_like(k_LH), jnp.zeros_like(k_LH)
         for m, d_LH in decays.levels.items():
-            to, of = doubling.take(d_LH, m, SECOND), doubling.take(d_LH, m, FIRST)
-            q, k = doubling.take(q_LH, m, SECOND) * to, doubling.take(k_LH, m, FIRST) * of
-            dq = to * product(pairs.pick(d_LL, m, SECOND), doubling.fill(k, m, FIRST), "nn")
-            dk = of * product(pairs.pick(dT_LL, m, FIRST), doubling.fill(q, m, SECOND), "nn")
-            if m in (1, 8, 32):
-                level_dq_LH, level_dk_LH = doubling.fill(dq, m, SECOND), doubling.fill(dk, m, FIRST)
+            to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
+            q, k = fill(take(q_LH, m, SECOND) * to, m, SECOND), fill(take(k_LH, m, FIRST) * of, m, FIRST)
+            found[m] = product(take(k, m, FIRST), q, "nt")
+            dq = to * product(pairs.pick(dscores_LL, m, SECOND), k, "nn")
+            dk = of * product(pairs.pick(dscoresT_LL, m, FIRST), q, "nn")
+            if m < 8:
+                dq_near_LH, dk_near_LH = add(dq_near_LH, dq, m, SECOND), add(dk_near_LH, dk, m, FIRST)
             else:
-                level_dq_LH, level_dk_LH = doubling.add(level_dq_LH, dq, m, SECOND), doubling.add(level_dk_LH, dk, m, FIRST)
-            if m in (4, 16, 64):
-                if m == 64:
-                    level_dq_LH = level_dq_LH + dread_LH
-                dg_LH += product(pairs.later(2 * m), q_LH * level_dq_LH - k_LH * level_dk_LH, "nn")
-                sums.append((level_dq_LH, level_dk_LH))
-        dq_LH, dk_LH = (x + y + z for x, y, z in zip(*sums, strict=True))
-        dk_LH += dput_LH
-        dv_LP = product(scoresT_LL, do_LP, "nn") + product(k_LH * decays.writes, dS_PH, "nt")
-        if plan.before:
+                dq_far_LH, dk_far_LH = add(dq_far_LH, dq, m, SECOND), add(dk_far_LH, dk, m, FIRST)
+        dg_LH += product(pairs.later(8), q_LH * dq_near_LH - k_LH * dk_near_LH, "nn")
+        dg_LH += product(pairs.later(CHUNK), q_LH * dq_far_LH - k_LH * dk_far_LH, "nn")
+        dq_LH, dk_LH = dq_near_LH + dq_far_LH, dk_near_LH + dk_far_LH + dput_LH
+        if rule.before:
             dg_LH -= q_LH * dq_LH
         else:
             own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
             dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
+        scoresT_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), FIRST)
+        dv_LP = product(scoresT_LL, do_LP, "nn") + product(k_LH * decays.writes, dS_PH, "nt")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
-        return plan.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
+        return rule.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
 
-    @plan.each
-    def _(key, n):
+    for unit in blocks.units:
         dq, dk, dv, dg = [], [], [], []
-        for j in range(plan.unit_keys):
-            q_LH, k_LH = (tokens.clear(plan.keys.read(ref, key + j)) for ref in (q_ref, k_ref))
-            of_heads = [head(plan.scale * q_LH, k_LH, n + i) for i in plan.readers(j)]
+        for key, heads in unit:
+            q_LH, k_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
+            of_heads = [head(rule.scale * q_LH, k_LH, n) for n in heads]
             dq_G, dk_G, dv_G, dg_G = zip(*of_heads, strict=True)
             dq, dk, dv, dg = [*dq, sum(dq_G)], [*dk, sum(dk_G)], [*dv, *dv_G], [*dg, *dg_G]
-        for heads, ref, start, d in (
-            (plan.dkeys, dq_ref, key, dq),
-            (plan.dkeys, dk_ref, key, dk),
-            (plan.values, dv_ref, n, dv),
-            (plan.values, dg_ref, n, dg),
-        ):
-            heads.write(ref, start, d)
-
-    _finish(plan, dS_NPH, dS_NHP)
+        (key, heads), *_ = unit
+        blocks.dkeys.write(dq_ref, key, dq)
+        blocks.dkeys.write(dk_ref, key, dk)
+        blocks.values.write(dv_ref, heads[0], dv)
+        blocks.values.write(dg_ref, heads[0], dg)
+    _finish(dS_NPH, dS_NHP)
 
 
 def _start(S_NPH, S_NHP):
-    """States are walked turned around: a decay per key is a row then, and rows multiply without being turned."""
-
     @pl.when(pl.program_id(2) == 0)
     def _():
         for n in range(S_NPH.shape[0]):
             S_NPH[n] = S_NHP[n].T
 
 
-def _finish(plan, S_NPH, S_NHP):
-    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
+def _finish(S_NPH, S_NHP):
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         for n in range(S_NPH.shape[0]):
             S_NHP[n] = S_NPH[n].T
-
-
-def _scores(pairs, decays, q_LH, k_LH, rows, product):
-    found = {}
-    for m, d_LH in decays.levels.items():
-        q = doubling.take(q_LH, m, SECOND) * doubling.take(d_LH, m, SECOND)
-        k = doubling.take(k_LH, m, FIRST) * doubling.take(d_LH, m, FIRST)
-        if rows == SECOND:
-            found[m] = product(q, doubling.fill(k, m, FIRST), "nt")
-        else:
-            found[m] = product(k, doubling.fill(q, m, SECOND), "nt")
-    return pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), rows)

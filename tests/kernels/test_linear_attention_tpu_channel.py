@@ -69,7 +69,7 @@ def test_eight_heads():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_heads_are_read_and_written_in_place(dtype):
     x_BTNH = jax.random.normal(jax.random.key(0), (2, 40, 16, 64)).astype(dtype)
-    heads = Heads(16, 8, 16)
+    heads = Heads((2, 40, 16), 8, 16)
 
     def reverse(x_ref, o_ref):
         for n in range(0, 8, 2):
@@ -78,7 +78,7 @@ def test_heads_are_read_and_written_in_place(dtype):
     spec = heads.spec(64, lambda c: c)
     with pltpu.force_tpu_interpret_mode(ANY):
         reverse = pl.pallas_call(
-            reverse, grid=(2, 2, 3), in_specs=[spec], out_specs=spec, out_shape=heads.shape(x_BTNH.shape, dtype)
+            reverse, grid=(2, 2, 3), in_specs=[spec], out_specs=spec, out_shape=heads.shape(64, dtype)
         )
         got = heads.from_kernel(jax.jit(reverse)(heads.to_kernel(x_BTNH)))
     want = x_BTNH.reshape(2, 40, 2, 8, 64)[:, :, :, ::-1].reshape(x_BTNH.shape)
