@@ -1,13 +1,11 @@
 """Linear attention on TPU: which kernels take which decays."""
 
-from pallas_kernels.linear_attention import tpu_scalar
+from pallas_kernels.linear_attention import tpu_channel, tpu_scalar
 
 
 def unsupported(q, k, v, g):
     """Returns why these arguments need another implementation, or None."""
-    if g.ndim == 4:
-        return "one decay per channel"
-    return tpu_scalar.unsupported(q, k, v, g)
+    return _kernels(g).unsupported(q, k, v, g)
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
@@ -24,5 +22,4 @@ def backward(scale, before, inputs, cotangents):
 
 
 def _kernels(g):
-    assert g.ndim == 3
-    return tpu_scalar
+    return tpu_scalar if g.ndim == 3 else tpu_channel
