@@ -66,7 +66,8 @@ class ShortConv(nnx.Module):
         **sizes: int,
     ):
         shape = [sizes[d] for d in dims[2:]]
-        self.dims, self.width, self.shape, self.activation = dims, width, tuple(shape), activation
+        self.dims, self.width, self.shape = dims, width, tuple(shape)
+        self.activation: Literal["silu"] | None = activation
         bound = width**-0.5
         kernel = jax.random.uniform(rngs.params(), [*shape, width], jnp.float32, -bound, bound)
         self.kernel = nnx.Param(shard(kernel, dims[2:] + "W"))

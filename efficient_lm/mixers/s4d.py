@@ -5,11 +5,12 @@ A channel u is the input of H oscillators, of which it reads the real part of a 
     h' = exp(dt A) h + u        y = 2 Re(sum_h C (exp(dt A) - 1) / A h) + skip u
 
 which is A's continuous system, its input constant for a step dt (zero-order hold) and its input weights in C. Poles,
-weights and step sizes are the same for all tokens. As a recurrence it keeps all oscillators of all tokens for the
-backward pass, 2 H numbers a channel.
+weights and step sizes are the same for all tokens. As a recurrence the oscillators of all tokens are 2 H numbers a
+channel: they are made for a few channels at a time, and again for the backward pass.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -22,6 +23,8 @@ import pallas_kernels as kernels
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
+
+NUM_OSCILLATORS = 4096  # At a time: enough lanes for a TPU, and a small part of a wide layer's.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +90,25 @@ class S4D(Mixer):
 
 
 def _filter(u_BTF, log_dt_F, log_decay_FH, frequency_FH, C_FH2, skip_F, h_BFH, segment_ids):
-    A_FH = jax.lax.complex(-jnp.exp(log_decay_FH), frequency_FH)
-    dtA_FH = jnp.exp(log_dt_F)[:, None] * A_FH
-    mix_FH = 2 * jax.lax.complex(C_FH2[..., 0], C_FH2[..., 1]) * jnp.expm1(dtA_FH) / A_FH
+    B, F, H = u_BTF.shape[0], *log_decay_FH.shape
+    size = max(d for d in range(1, F + 1) if F % d == 0 and (d == 1 or d * H <= NUM_OSCILLATORS))
+    if h_BFH is None:
+        h_BFH = jnp.zeros((B, F, H), jnp.complex64)
+
+    def groups(x, axis):
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], F // size, size, *x.shape[axis + 1 :]), axis, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # Steps of a loop are not merged.
+    def run(group):
+        u_BTG, log_dt_G, log_decay_GH, frequency_GH, C_GH2, h_BGH = group
+        A_GH = jax.lax.complex(-jnp.exp(log_decay_GH), frequency_GH)
+        dtA_GH = jnp.exp(log_dt_G)[:, None] * A_GH
+        mix_GH = 2 * jax.lax.complex(C_GH2[..., 0], C_GH2[..., 1]) * jnp.expm1(dtA_GH) / A_GH
+        u_BTGH = jnp.broadcast_to(u_BTG[..., None], (*u_BTG.shape, H)).astype(jnp.complex64)
+        h_BTGH, h_BGH = kernels.diagonal_scan(jnp.exp(dtA_GH), u_BTGH, state=h_BGH, segment_ids=segment_ids)
+        return jnp.sum(h_BTGH.real * mix_GH.real - h_BTGH.imag * mix_GH.imag, axis=-1), h_BGH
+
     u_BTF = u_BTF.astype(jnp.float32)
-    u_BTFH = jnp.broadcast_to(u_BTF[..., None], (*u_BTF.shape, A_FH.shape[1])).astype(jnp.complex64)
-    h_BTFH, h_BFH = kernels.diagonal_scan(jnp.exp(dtA_FH), u_BTFH, state=h_BFH, segment_ids=segment_ids)
-    y_BTF = jnp.sum(h_BTFH.real * mix_FH.real - h_BTFH.imag * mix_FH.imag, axis=-1)
-    return y_BTF + skip_F * u_BTF, h_BFH
+    weights = (groups(w, 0) for w in (log_dt_F, log_decay_FH, frequency_FH, C_FH2))
+    y, h = jax.lax.map(run, (groups(u_BTF, 2), *weights, groups(h_BFH, 1)))
+    return jnp.moveaxis(y, 0, 2).reshape(u_BTF.shape) + skip_F * u_BTF, jnp.moveaxis(h, 0, 1).reshape(h_BFH.shape)

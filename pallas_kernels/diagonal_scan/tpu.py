@@ -40,7 +40,7 @@ def forward(reverse, a, x, marks_BT, state_BW):
         "diagonal_scan_forward",
         block.marks(marks_BT),
         [
-            (a[None], block.same) if a.ndim == 1 else (a, block.tokens),
+            block.decays(a),
             (x, block.tokens),
             (state_BW[:, None], block.row),
         ],
@@ -61,7 +61,7 @@ def backward(reverse, residuals, cotangents):
         "diagonal_scan_backward",
         block.marks(marks_BT),
         [
-            *((a[None], block.same) if constant else (a, block.tokens), (x, block.tokens), (dh, block.tokens)),
+            *(block.decays(a), (x, block.tokens), (dh, block.tokens)),
             *((states_CBW[:, :, None], block.border), (dlast_BW[:, None], block.row)),
         ],
         [
@@ -78,15 +78,19 @@ class _Blocks:
 
     def __init__(self, x, reverse):
         B, T, W = x.shape
-        self.C, self.W, self.is_complex = pl.cdiv(T, CHUNK), min(W, LANES), jnp.iscomplexobj(x)
+        self.C, self.is_complex = pl.cdiv(T, CHUNK), jnp.iscomplexobj(x)
+        # As few blocks as there can be, of multiples of 128 channels that fill the last one, too.
+        self.W = min(W, 128 * pl.cdiv(W, 128 * pl.cdiv(W, LANES)))
         self.grid = B, pl.cdiv(W, self.W), self.C
         at = lambda c: self.C - 1 - c if reverse else c
         self.tokens = pl.BlockSpec((None, CHUNK, self.W), lambda b, w, c: (b, at(c), w))
         self.border = pl.BlockSpec((None, None, 1, self.W), lambda b, w, c: (at(c), b, 0, w))
         self.row = pl.BlockSpec((None, 1, self.W), lambda b, w, c: (b, 0, w))
         self.group = pl.BlockSpec((None, GROUP, self.W), lambda b, w, c: (b, 0, w))
-        self.same = pl.BlockSpec((1, self.W), lambda b, w, c: (0, w))
         self.marks_spec = pl.BlockSpec((None, 1, CHUNK), lambda b, w, c: (b, 0, at(c)))
+
+    def decays(self, a):
+        return (a, self.tokens) if a.ndim > 1 else (a[None], pl.BlockSpec((1, self.W), lambda b, w, c: (0, w)))
 
     def marks(self, marks_BT):
         """Padding follows the last token, whatever the blocks of x hold there."""

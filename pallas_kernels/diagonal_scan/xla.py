@@ -144,7 +144,8 @@ def _token(a, marks_RL, l, dtype):
 
 
 def _choose(in_turn, at_once):
-    return lambda *args: jax.lax.platform_dependent(*args, **dict.fromkeys(IN_TURN, in_turn), default=at_once)
+    branches = {platform: in_turn for platform in IN_TURN}
+    return lambda *args: jax.lax.platform_dependent(*args, **branches, default=at_once)
 
 
 def _walk(length, reverse, step, carry):

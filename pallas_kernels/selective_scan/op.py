@@ -26,7 +26,7 @@ def selective_scan(
     D: Float[Array, "D"] | None = None,
     state: Float[Array, "B D H"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    impl: Literal["ref", "xla"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D H"]]:
     """Returns the outputs and the float32 state after the last token. For one channel and one token:
 
@@ -42,7 +42,7 @@ def selective_scan(
       state: the state before the first token; zero if not given. It belongs to the row's first document.
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
-      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
+      impl: "ref", "xla", "tpu", or None for the best one on the platform that the program is lowered for.
 
     Raises:
       ValueError: an unknown `impl`, or shapes that do not fit.

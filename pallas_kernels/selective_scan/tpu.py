@@ -1,4 +1,4 @@
-"""The selective scan on TPU: what depends on channel and row goes through the vector unit, sums through the matrix unit.
+"""The selective scan on TPU: the vector unit does what differs by channel and row, the matrix unit all sums.
 
 A program holds the state of up to `MAX_TILES` times 128 channels, rows on sublanes, channels on lanes, and walks the
 tokens of its blocks one after another. Per token and tile it spends on the vector unit what differs in each entry, the
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.tiles import LANES, tiles_per_block
 from pallas_kernels.selective_scan.xla import CHUNK, FOREVER, MAX_A
 
-LANES = 128
 BLOCK_T = 128
 GROUP = 8
 MAX_TILES = 4
@@ -102,9 +102,7 @@ class _Padded:
     """The arguments as the kernels take them, filled up to whole blocks, and where their blocks lie."""
 
     def __init__(self, x, dt, A, B, C, marks):
-        tiles = -(-x.shape[2] // LANES)
-        # As many tiles as fill up the fewest channels.
-        self.tiles = min(range(1, 1 + min(MAX_TILES, tiles)), key=lambda n: (-tiles % n, -n))
+        self.tiles = tiles_per_block(x.shape[2], MAX_TILES)
         self.block = self.tiles * LANES
         self.H = A.shape[1] + -A.shape[1] % 16
         self.dtype = jnp.dtype(jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32)

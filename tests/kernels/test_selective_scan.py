@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan import tpu, xla
 from tests.kernels import recurrent
 
 
@@ -41,6 +43,58 @@ def test_agrees_with_the_definition(T, D, H, skip, packed, state):
     if ids is not None:
         for name in ("o", "dx", "ddt", "dB", "dC"):
             assert not np.any(got[name][np.asarray(ids) == 0])
+
+
+def run_interpreted(args, ids=None):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        return run("tpu", args, ids)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Several chunks in a block, and fewer lines to interpret."""
+    for module in (tpu, xla):
+        monkeypatch.setattr(module, "CHUNK", 16)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize(
+    ("T", "D", "H", "skip", "packed", "state"),
+    [(1, 3, 4, True, True, True), (3, 5, 4, True, False, False), (67, 6, 5, False, True, True)],
+)
+def test_tpu_agrees_with_the_definition(T, D, H, skip, packed, state):
+    ids = jnp.asarray(recurrent.documents(T)) if packed else None
+    args = arguments(T, D, H, skip, state)
+    got, want = run_interpreted(args, ids), run("ref", args, ids)
+    recurrent.check(got, want)
+    if ids is not None:
+        for name in ("o", "dx", "ddt", "dB", "dC"):
+            assert not np.any(got[name][np.asarray(ids) == 0])
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("max_tiles", [1, 2])
+def test_tpu_in_several_blocks(monkeypatch, max_tiles):
+    """Blocks of tokens, and blocks of channels or several tiles in one; operands in bfloat16; steps that forget all."""
+    monkeypatch.setattr(tpu, "MAX_TILES", max_tiles)
+    ids = jnp.asarray(recurrent.documents(200))[:1]
+    args = arguments(200, 150, 16, state=True, B=1)
+    args |= {name: args[name].astype(jnp.bfloat16) for name in ("x", "B", "C")}
+    args["dt"] = args["dt"].at[0, ::7].set(1e5)
+    got, want = run_interpreted(args, ids), run("ref", args, ids)
+    check_bfloat16(got, want)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_tpu_keeps_what_xla_keeps():
+    """A forward on one platform may be followed by another's backward."""
+    args = arguments(67, 6, 5, state=True)
+    arrays = *(args[name] for name in ("x", "dt", "A", "B", "C", "state")), jnp.ones((2, 67), jnp.int32)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        _, (*_, got_CBHD) = recurrent.jit(tpu.forward)(*arrays)
+    _, (*_, want_CBHD) = recurrent.jit(xla.forward)(*arrays)
+    assert got_CBHD.shape == want_CBHD.shape
+    assert recurrent.error(got_CBHD, want_CBHD) < 2e-5
 
 
 def test_the_definition_in_closed_form():
@@ -109,15 +163,18 @@ def test_causality_to_the_bit():
         assert np.any(before[:, t + 1 :] != after[:, t + 1 :])
 
 
-def test_bfloat16():
-    args = arguments(67, 6, 5, skip=True, state=True)
-    half = {name: a.astype(jnp.bfloat16) if name in ("x", "B", "C") else a for name, a in args.items()}
-    got, want = run("xla", half), run("ref", half)
+def check_bfloat16(got, want):
     assert got["o"].dtype == jnp.bfloat16
     assert got["state"].dtype == jnp.float32
     for name in want:
-        # Outputs and gradients are rounded to 8 bits.
+        # Outputs, gradients and operands of matmuls are rounded to 8 bits.
         assert recurrent.error(got[name], want[name]) < (1e-2 if name in ("o", "state") else 2e-2), name
+
+
+def test_bfloat16():
+    args = arguments(67, 6, 5, skip=True, state=True)
+    half = {name: a.astype(jnp.bfloat16) if name in ("x", "B", "C") else a for name, a in args.items()}
+    check_bfloat16(run("xla", half), run("ref", half))
 
 
 def test_states_of_all_tokens_are_never_in_memory():
