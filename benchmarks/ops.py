@@ -88,10 +88,10 @@ _HEADS_OUT = "bf16[BTNP],f32[BNHP]"
 
 CASES = {
     "linear_attention": Case(
-        kernels.linear_attention, {**_HEADS, "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=False
+        kernels.linear_attention, {**_HEADS, "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "linear_attention_channel": Case(
-        kernels.linear_attention, {**_HEADS, "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=False
+        kernels.linear_attention, {**_HEADS, "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "delta_rule": Case(
         kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=False

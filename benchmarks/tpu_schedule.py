@@ -84,19 +84,20 @@ def main(cfg: Benchmark) -> None:
         bar = progress.add_task("compiling", total=len(runs))
         waiting = {pool.submit(measure_run, run, cfg.keep): run for run in runs}
         for future in concurrent.futures.as_completed(waiting):
-            run, progress_line = waiting[future], ""
+            run = waiting[future]
             try:
                 result = future.result()
                 results[run.key] = result
-                progress_line = f"{result['cycles']:,.2f} cycles per {result['unit']}"
+                line = f"{result['cycles']:,.2f} cycles per {result['unit']}"
             except (RuntimeError, ValueError) as error:
                 failed += run.by == OURS
                 results[run.key] = {"error": str(error)}
-                progress_line = f"[red]failed[/red]: {error}"
-            progress.console.print(f"{run.key}: {progress_line}")
+                line = f"[red]failed[/red]: {error}"
+            progress.console.print(f"{run.key}: {line}")
             progress.advance(bar)
-    cfg.output.parent.mkdir(parents=True, exist_ok=True)
-    cfg.output.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+            # After each: a run of all of them takes the better part of an hour.
+            cfg.output.parent.mkdir(parents=True, exist_ok=True)
+            cfg.output.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     for chip in cfg.chips:
         console.print(program_table(chip, [run for run in runs if run.chip == chip], results))
         console.print(kernel_table(chip, [run for run in runs if run.chip == chip], results))
