@@ -22,6 +22,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
@@ -73,7 +74,13 @@ class Run:
 
 
 def main(cfg: Benchmark) -> None:
+    for name, known in [(op, ops.CASES) for op in cfg.ops] + [(chip, CHIPS) for chip in cfg.chips]:
+        if name not in known:
+            sys.exit(f"{name!r} is not one of {', '.join(known)}")
     console = Console()
+    for name, peer in peers.PEERS.items():
+        if peer.case in cfg.ops and peer.python(cfg.peers) is None:
+            console.print(f"without {name}: no {peer.package} in the folder of peers")
     runs, failed = list_runs(cfg), 0
     results = json.loads(cfg.output.read_text()) if cfg.output.exists() else {}
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -92,7 +99,7 @@ def main(cfg: Benchmark) -> None:
             except (RuntimeError, ValueError) as error:
                 failed += run.by == OURS
                 results[run.key] = {"error": str(error)}
-                line = f"[red]failed[/red]: {error}"
+                line = f"[red]failed[/red]: {escape(str(error))}"
             progress.console.print(f"{run.key}: {line}")
             progress.advance(bar)
             # After each: a run of all of them takes the better part of an hour.
