@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.tree_util import keystr, tree_leaves_with_path
@@ -19,9 +20,16 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 MESH = AbstractMesh((16,), ("data",), axis_types=(AxisType.Explicit,))
 
 
+def layout(x):
+    """Returns the mesh axes of each dimension; nothing if it is whole everywhere, declared or not."""
+    return tuple(x.sharding.spec) if x.sharding is not None and any(x.sharding.spec) else ()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_config(path, monkeypatch):
     monkeypatch.syspath_prepend(path.parent)
+    # States made of shapes are not what their annotations say.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     cfg = load_config(str(path), [])
     optimizer, _ = cfg.optimizer.build(cfg.num_steps)
     step = make_train_step(cfg, cfg.objective.build(), optimizer)
@@ -33,7 +41,8 @@ def test_config(path, monkeypatch):
 
     assert metrics["loss"].shape == ()
     for (where, old), new in zip(tree_leaves_with_path(state), jax.tree.leaves(after), strict=True):
-        assert (old.shape, old.dtype, old.sharding) == (new.shape, new.dtype, new.sharding), keystr(where)
+        assert (old.shape, old.dtype) == (new.shape, new.dtype), keystr(where)
+        assert layout(old) == layout(new), keystr(where)
 
     # What its first lines promise is what it has, to the three digits they give.
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""

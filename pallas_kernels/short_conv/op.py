@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.short_conv import ref, xla
+from pallas_kernels.short_conv import ref, tpu, xla
 
 MAX_WIDTH = 8
 
@@ -21,7 +21,7 @@ def short_conv(
     activation: Literal["silu"] | None = None,
     state: Float[Array, "B W-1 D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    impl: Literal["ref", "xla"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Returns the outputs and the last W-1 inputs, oldest first, in the dtype of `state` (of `x` without one).
 
@@ -31,7 +31,7 @@ def short_conv(
     Raises:
       ValueError: an unknown `impl` or `activation`, shapes that do not fit, or a width over 8.
     """
-    check_impl("short_conv", impl, ("ref", "xla"))
+    check_impl("short_conv", impl, ("ref", "xla", "tpu"))
     B, _, D = x.shape
     W = w.shape[1]
     if w.shape[0] != D:
@@ -50,6 +50,8 @@ def short_conv(
         raise ValueError(f"segment_ids is {segment_ids.shape}; it has to be {x.shape[:2]}")
     if x.shape[1] == 0:
         segment_ids = None
+    if impl is None and x.shape[1] < 64:
+        impl = "xla"  # Not worth a block of a kernel.
     if impl == "ref":
         return ref.short_conv(x, w, bias, state, segment_ids, activation)
     return _short_conv(impl, activation, x, w, bias, state, segment_ids)
@@ -61,11 +63,15 @@ def _short_conv(impl, activation, *args):
 
 
 def _forward(impl, activation, *args):
-    return dispatch(impl, {"xla": functools.partial(xla.forward, activation)}, *args)
+    return dispatch(impl, _bind(activation, xla=xla.forward, tpu=tpu.forward), *args)
 
 
 def _backward(impl, activation, *args):
-    return *dispatch(impl, {"xla": functools.partial(xla.backward, activation)}, *args), None
+    return *dispatch(impl, _bind(activation, xla=xla.backward, tpu=tpu.backward), *args), None
+
+
+def _bind(activation, **implementations):
+    return {name: functools.partial(fn, activation) for name, fn in implementations.items()}
 
 
 _short_conv.defvjp(_forward, _backward)

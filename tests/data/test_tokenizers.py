@@ -176,7 +176,7 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     config = FileConfig(path=str(path))
     byte_level(path, ["<|endoftext|>"])
     trained_with = config.build(run_dir, lambda: iter(TEXT))
-    path.write_text(path.read_text().replace("<|endoftext|>", "</s>"))
+    byte_level(path, ["<|endoftext|>", "<|pad|>"])
     with pytest.raises(ValueError, match="is not the tokenizer that the run began with"):
         config.build(run_dir, lambda: iter(TEXT))
     path.unlink()

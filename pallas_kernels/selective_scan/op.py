@@ -1,0 +1,93 @@
+"""The selective scan of Mamba (https://arxiv.org/abs/2312.00752): a decay of its own for each channel and state row."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.shapes import check_shapes
+from pallas_kernels.selective_scan import ref, tpu, xla
+
+# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D H"],
+    B: Float[Array, "B T H"],
+    C: Float[Array, "B T H"],
+    *,
+    D: Float[Array, "D"] | None = None,
+    state: Float[Array, "B D H"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D H"]]:
+    """Returns the outputs and the float32 state after the last token. For one channel and one token:
+
+        h = exp(dt A) h_old + dt x B
+        y = sum(C h) + D x
+
+    The states of all tokens are never in memory at once.
+
+    Args:
+      dt: sizes of the steps, >= 0: after softplus.
+      A: < 0: the continuous rates, not their logarithm.
+      D: the weight of a skip from x to y; none if not given.
+      state: the state before the first token; zero if not given. It belongs to the row's first document.
+      segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
+        nor writes, and its outputs are 0.
+      impl: "ref", "xla", "tpu", or None for the best one on the platform that the program is lowered for.
+
+    Raises:
+      ValueError: an unknown `impl`, or shapes that do not fit.
+    """
+    check_impl("selective_scan", impl, ("ref", *FORWARD))
+    batch, T, width = x.shape
+    rows = A.shape[1]
+    tokens, states = (batch, T), (batch, width, rows)
+    check_shapes(
+        "selective_scan",
+        {"dt": (dt, x.shape), "A": (A, (width, rows)), "B": (B, (*tokens, rows)), "C": (C, (*tokens, rows))}
+        | {"D": (D, (width,)), "state": (state, states), "segment_ids": (segment_ids, tokens)},
+    )
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    state = jnp.zeros(states, dtype) if state is None else state.astype(dtype)
+    ids = jnp.ones(tokens, jnp.int32) if segment_ids is None else segment_ids
+    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+        y, state = ref.selective_scan(x, dt, A, B, C, state, ids)
+    else:
+        real_BT1 = ids[..., None] > 0
+        B, C = jnp.where(real_BT1, B, 0), jnp.where(real_BT1, C, 0)
+        y, state = _op(impl, x, dt, A, B, C, state, _marks(ids))
+    if D is not None:
+        y += (D.astype(dtype) * jnp.where(ids[..., None] > 0, x, 0)).astype(y.dtype)
+    return y, state
+
+
+def _marks(ids_BT: jax.Array) -> jax.Array:
+    """Returns 0 for padding, 2 for the first token of each document but the row's first, 1 for all other tokens."""
+    seen_BT = jnp.pad(jax.lax.cummax(ids_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = (seen_BT > 0) & (ids_BT > seen_BT)
+    return jnp.where(ids_BT > 0, 1 + starts_BT, 0).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(impl, *args):
+    return _forward(impl, *args)[0]
+
+
+def _forward(impl, *args):
+    return dispatch(impl, FORWARD, *args)
+
+
+def _backward(impl, *args):
+    return *dispatch(impl, BACKWARD, *args), None
+
+
+_op.defvjp(_forward, _backward)
