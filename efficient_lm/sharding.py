@@ -55,30 +55,32 @@ def shard(x: jax.Array, dims: str) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(dims))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays whose output, and gradients, are sharded as their letters say."""
-    # Sums run over letters in alphabetical order, and in another order than memory's both arrays would be transposed.
-    names = {letter: chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(filter(str.isalpha, eqn)))}
+    return _einsum(eqn, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(eqn, x, w):
+    # Sums run over letters in alphabetical order; where memory has another one, both arrays would be transposed.
+    names = {ord(letter): chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(filter(str.isalpha, eqn)))}
+    out_sharding = None if jax.sharding.get_abstract_mesh().empty else spec(eqn.split("->")[1])
     with jax.named_scope(eqn):
-        no_mesh = jax.sharding.get_abstract_mesh().empty
-        return jnp.einsum(
-            eqn.translate(str.maketrans(names)), x, w, out_sharding=None if no_mesh else spec(eqn.split("->")[1])
-        )
+        return jnp.einsum(eqn.translate(names), x, w, out_sharding=out_sharding)
 
 
-def _einsum_forward(eqn: str, x: jax.Array, w: jax.Array):
-    return einsum(eqn, x, w), (x, w)
+def _einsum_forward(eqn, x, w):
+    return _einsum(eqn, x, w), (x, w)
 
 
-def _einsum_backward(eqn: str, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _einsum_backward(eqn, residuals, dy):
     # JAX's own gradient of w comes out transposed, which on a CPU costs a copy of dy and the fast matmul.
     (x, w), (ins, y_dims) = residuals, eqn.split("->")
     x_dims, w_dims = ins.split(",")
-    return einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w), einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy)
+    return _einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w), _einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]:
