@@ -99,11 +99,33 @@ CASES = {
     "delta_rule_channel": Case(
         kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=False
     ),
+    "diagonal_scan": Case(
+        kernels.diagonal_scan,
+        {"a": "f32[BTF]", "x": "f32[BTF]", "state": "f32[BF]", "segment_ids": "s32[BT]"},
+        "f32[BTF],f32[BF]",
+        tpu_kernel=True,
+    ),
+    "selective_scan": Case(
+        kernels.selective_scan,
+        {
+            "x": "bf16[BTF]",
+            "dt": "f32[BTF]",
+            "A": "f32[FH]",
+            "B": "bf16[BTH]",
+            "C": "bf16[BTH]",
+            "D": "f32[F]",
+            "state": "f32[BFH]",
+            "segment_ids": "s32[BT]",
+        },
+        "bf16[BTF],f32[BFH]",
+        tpu_kernel=True,
+        sizes={"H": 16},
+    ),
     "short_conv": Case(
         functools.partial(kernels.short_conv, activation="silu"),
         {"x": "bf16[BTF]", "w": "bf16[FW]", "bias": "bf16[F]", "state": "bf16[BUF]", "segment_ids": "s32[BT]"},
         "bf16[BTF],bf16[BUF]",
-        tpu_kernel=False,
+        tpu_kernel=True,
     ),
     "attention": Case(
         kernels.attention,
