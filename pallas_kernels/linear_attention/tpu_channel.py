@@ -8,15 +8,18 @@ The gradient of g is as in `common/decays.py`, but for pairs of tokens in one ch
 cancels outside of the blocks in which they meet. Rounded products would leave something there, more than what strong
 decays let through; so close pairs are summed over blocks of 8 tokens only.
 
-What it costs, in cycles per token and head by the compiler's schedule, 8 heads with H = P = 128 and bfloat16:
+Cycles per token and head, by the compiler's schedule, for 8 heads of H = P = 128 in bfloat16, beside the floors: what
+passes between HBM and the kernel, and the products of matrices.
 
-                  v5e: kernel  HBM  matrix unit      v6e: kernel  HBM  matrix unit
-    forward               3.6  2.9          3.0             ---  1.7          1.0
-    states                1.5  2.4          0.4             ---  1.4          0.1
-    backward             10.3  5.7          6.8             ---  3.3          3.0
+                  v5e: schedule  HBM  products      v6e: schedule  HBM  products
+    forward                 3.6  2.9       3.0                3.8  1.7       1.0
+    states                  1.5  2.4       0.4                1.4  1.4       0.1
+    backward                9.7  5.7       6.8                9.6  3.3       3.1
 
-Both large kernels are bound by registers: the scheduler starts as much as it can, and then moves one vector a cycle to
-VMEM. Chunks of 64 would need fewer registers, but twice the states.
+Forward, vector arithmetic and, on v5e, stores fill three quarters of their slots. Backward the stores are what fills up
+on v5e: of the some fifty matrices that a head keeps alive, registers hold four, and the rest moves to VMEM and back.
+What did not help, by 2 to 15 % of the backward kernel: two heads taken by turns; one head made to wait for another;
+levels made one by one as they are used; dO V^T turned around rather than made twice; sums of g over three sizes of block.
 """
 
 import dataclasses

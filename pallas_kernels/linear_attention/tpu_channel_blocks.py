@@ -45,10 +45,10 @@ class Blocks:
         self.keys = Heads((self.B, self.T, self.K), keys, CHUNK, self.parts)
         self.dkeys = Heads((self.B, self.T, self.K * self.parts), keys, CHUNK)
         self.values = Heads((self.B, self.T, N), self.size, CHUNK)
-        # Key heads of a step, each with its value heads, one after another or, as bfloat16 heads are written, in pairs.
+        # Key heads of a step, each with its value heads; in pairs if there are any, for so are bfloat16 heads written.
         readers = self.size // keys
         heads = [(key, range(key * readers, (key + 1) * readers)) for key in range(keys)]
-        together = 2 if readers == 1 and keys % 2 == 0 else 1
+        together = 1 if keys % 2 else 2
         self.units = [heads[key : key + together] for key in range(0, keys, together)]
 
     def specs(self, backwards: bool = False) -> Specs:
