@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.documents import clear_padding, fill_padding
+from pallas_kernels.common.documents import clear_padding
 
 CHUNK = 128
 TILE = 8  # sublanes of a register
@@ -15,13 +17,16 @@ TILE = 8  # sublanes of a register
 _MIN_LOG = -128.0
 
 
+def padded(width: int) -> int:
+    return width + -width % 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Heads:
     """Blocks of `size` of the N heads of an array `[B T N width]`.
 
-    Where the width is 128 and the heads fill tiles, blocks are read as they lie in HBM, [T N 128]: a head's rows are
-    every N-th sublane, and bfloat16 heads come two by two in words of 32 bits. Otherwise XLA puts heads first, which
-    costs a pass over the array unless what made it can write it so.
+    Eight heads of width 128 are tiles: they are read as they lie in HBM, and kernels pick every eighth row. Others XLA
+    puts first, `[B N T width]`, which costs a pass over the array unless what made it can write it so.
     """
 
     size: int
@@ -31,77 +36,74 @@ class Heads:
 
     @property
     def in_place(self) -> bool:
-        return False
-
-    @property
-    def padded_width(self) -> int:
-        return self.width + -self.width % 64
+        return self.width == 128 and self.size == TILE
 
     def shape(self, B: int, T: int) -> jax.ShapeDtypeStruct:
-        shape = (B, T, self.num, self.width) if self.in_place else (B, self.num, T, self.padded_width)
-        return jax.ShapeDtypeStruct(shape, self.dtype)
+        in_place = B, T, self.num // self.size, self.size, self.width
+        return jax.ShapeDtypeStruct(in_place if self.in_place else (B, self.num, T, padded(self.width)), self.dtype)
 
-    def spec(self, tokens: int, index) -> pl.BlockSpec:
+    def spec(self, tokens: int, index: Callable[..., tuple]) -> pl.BlockSpec:
         """`index` gives the block's row, heads and tokens from the grid's indices."""
         if self.in_place:
 
             def in_place(*grid):
                 b, n, t = index(*grid)
-                return b, t, n, 0
+                return b, t, n, 0, 0
 
-            return pl.BlockSpec((1, tokens, self.size, self.width), in_place)
-        return pl.BlockSpec((None, self.size, tokens, self.padded_width), lambda *grid: (*index(*grid), 0))
+            return pl.BlockSpec((None, tokens, 1, self.size, self.width), in_place)
+        return pl.BlockSpec((None, self.size, tokens, padded(self.width)), lambda *grid: (*index(*grid), 0))
 
     def pack(self, x_BTNW: jax.Array, T: int) -> jax.Array:
         """Returns x as the kernels take it, filled up to T tokens."""
         x_BTNW = jnp.pad(x_BTNW, ((0, 0), (0, T - x_BTNW.shape[1]), (0, 0), (0, 0)))
         if self.in_place:
-            return x_BTNW
-        return jnp.pad(jnp.moveaxis(x_BTNW, 2, 1), ((0, 0), (0, 0), (0, 0), (0, self.padded_width - self.width)))
+            return x_BTNW.reshape(self.shape(*x_BTNW.shape[:2]).shape)
+        return jnp.pad(jnp.moveaxis(x_BTNW, 2, 1), ((0, 0), (0, 0), (0, 0), (0, padded(self.width) - self.width)))
 
     def unpack(self, x: jax.Array, T: int) -> jax.Array:
         """Returns `[B T N width]` from what a kernel wrote."""
-        x_BTNW = x if self.in_place else jnp.moveaxis(x, 1, 2)
-        return x_BTNW[:, :T, :, : self.width]
+        if self.in_place:
+            return x.reshape(*x.shape[:2], self.num, self.width)[:, :T]
+        return jnp.moveaxis(x, 1, 2)[:, :T, :, : self.width]
 
 
-def load(ref, rows: slice) -> list[jax.Array]:
-    """Returns the heads of a block, each `[rows, width]`."""
-    if len(ref.shape) == 3:
-        return [ref[n, rows] for n in range(ref.shape[0])]
-    _, T, N, width = ref.shape
-    L = rows.stop - rows.start
-    if ref.dtype == jnp.float32:
-        flat = ref.reshape(T * N, width)
-        return [flat[pl.ds(rows.start * N + n, L, stride=N)] for n in range(N)]
-    flat = ref.bitcast(jnp.int32).reshape(T * N // 2, width)
-    heads = []
-    for pair in range(N // 2):
-        words = flat[pl.ds(rows.start * N // 2 + pair, L, stride=N // 2)]
-        for bits in (words << 16, words & -(1 << 16)):
-            heads.append(jax.lax.bitcast_convert_type(bits, jnp.float32).astype(ref.dtype))
-    return heads
+class Block:
+    """A block of heads in VMEM. Of those in place, a 32-bit word holds a row of two bfloat16 heads."""
 
+    def __init__(self, ref):
+        self._ref, self._in_place, self._packed = ref, len(ref.shape) == 4, ref.dtype == jnp.bfloat16
+        self.num_heads = ref.shape[2] if self._in_place else ref.shape[0]
+        if self._in_place:
+            words = ref.reshape(ref.shape[0] * TILE, ref.shape[3])
+            self._words = words.bitcast(jnp.int32) if self._packed else words
 
-def store(ref, rows: slice, heads: list[jax.Array]) -> None:
-    """Writes the heads of a block."""
-    if len(ref.shape) == 3:
-        for n, x in enumerate(heads):
-            ref[n, rows] = x.astype(ref.dtype)
-        return
-    _, T, N, width = ref.shape
-    L = rows.stop - rows.start
-    if ref.dtype == jnp.float32:
-        flat = ref.reshape(T * N, width)
-        for n, x in enumerate(heads):
-            flat[pl.ds(rows.start * N + n, L, stride=N)] = x
-        return
-    flat = ref.bitcast(jnp.int32).reshape(T * N // 2, width)
-    # Rounded to the upper half of a word.
-    words = lambda x: jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.int32)
-    for pair in range(N // 2):
-        low, high = words(heads[2 * pair]), words(heads[2 * pair + 1])
-        flat[pl.ds(rows.start * N // 2 + pair, L, stride=N // 2)] = jax.lax.shift_right_logical(low, 16) | high
+    def get(self, rows: slice, n: int) -> jax.Array:
+        """Returns head n, `[L, width]`."""
+        if not self._in_place:
+            return self._ref[n, rows]
+        if not self._packed:
+            return self._words[self._every(rows, n)]
+        word = self._words[self._every(rows, n // 2)]
+        upper = word << 16 if n % 2 == 0 else word & -(1 << 16)
+        # As float32 a bfloat16 number stands in the upper half of the word.
+        return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
+
+    def put(self, rows: slice, n: int, x: jax.Array) -> None:
+        """Writes head n, `[L, width]`. All heads have to be written, in order."""
+        x = x.astype(self._ref.dtype)
+        if not self._in_place:
+            self._ref[n, rows] = x
+        elif not self._packed:
+            self._words[self._every(rows, n)] = x
+        elif n % 2 == 0:
+            self._even = x
+        else:
+            low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in (self._even, x))
+            self._words[self._every(rows, n // 2)] = jax.lax.shift_right_logical(low, 16) | high
+
+    def _every(self, rows, n):
+        stride = TILE // 2 if self._packed else TILE
+        return pl.ds(rows.start * stride + n, rows.stop - rows.start, stride=stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +145,15 @@ class Tiles:
         return self.B, self.N // self.heads, self.padded_T // self.tokens
 
     def state_shape(self) -> tuple[int, int, int, int]:
-        return self.B, self.N, self.H + -self.H % 64, self.P + -self.P % 64
+        return self.B, self.N, padded(self.H), padded(self.P)
 
 
-def gates(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int, before: bool):
-    """Returns the cumulative logs `[B, N / heads, X, 8, T]` and the documents `[B, 8, T]`.
+def cumulative_logs(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int, before: bool) -> jax.Array:
+    """Returns the logs of g cumulated within chunks, `[B, N / heads, X, 8, T]`.
 
-    Logs are cumulated within chunks, up to and with a token, and before it where `before`: X holds the parts of the
-    first, then those of the second. With two parts, one is a multiple of 1/64, whose sums are exact, and one a small
-    rest: float32 differences lose nothing where a decay of -30 stands beside one of -0.01. Beside bfloat16 products
-    one part is enough.
-
-    Documents: each token's own (0 for padding), that of the state before its chunk, that of the state after it.
+    X holds the parts of the sums up to and with each token, then, if `before`, those of the sums before it. With two
+    parts, one is a multiple of 1/64, whose sums are exact, and one a small rest: float32 differences lose nothing where
+    a decay of -30 stands beside one of -0.01. Beside bfloat16 products one part is enough.
     """
     B, T, N = g_BTN.shape
     g_BTN = jnp.maximum(clear_padding(g_BTN, segment_ids), _MIN_LOG)
@@ -165,21 +164,13 @@ def gates(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_parts: int
         coarse = jnp.ceil(g * 64) / 64
         parts = [coarse, g - coarse]
     g = jnp.stack(parts, axis=2)
-    upper_LL = jnp.triu(jnp.ones((CHUNK, CHUNK), g.dtype))
+    # A constant of the program: XLA would take longer to make it than to multiply by it.
+    upper_LL = np.triu(np.ones((CHUNK, CHUNK), np.float32))
     logs = jnp.einsum("BnxhCL,LM->BnxhCM", g, upper_LL, precision="highest")
     if before:
         logs = jnp.concatenate([logs, logs - g], axis=2)
     logs = logs.reshape(*logs.shape[:4], tiles.padded_T)
-    logs = jnp.pad(logs, ((0, 0), (0, 0), (0, 0), (0, TILE - tiles.heads), (0, 0)))
-
-    filled_BCL = jnp.pad(fill_padding(segment_ids), ((0, 0), (0, tiles.padded_T - T)), mode="edge")
-    filled_BCL = filled_BCL.reshape(B, -1, CHUNK)
-    after_BC = filled_BCL[:, :, -1]
-    before_BC = jnp.concatenate([filled_BCL[:, 0, :1], after_BC[:, :-1]], axis=1)
-    borders = (jnp.repeat(x_BC, CHUNK, axis=1) for x_BC in (before_BC, after_BC))
-    own_BT = jnp.pad(segment_ids, ((0, 0), (0, tiles.padded_T - T)))
-    ids = jnp.stack([own_BT, *borders], axis=1).astype(jnp.int32)
-    return logs, jnp.pad(ids, ((0, 0), (0, TILE - 3), (0, 0)))
+    return jnp.pad(logs, ((0, 0), (0, 0), (0, 0), (0, TILE - tiles.heads), (0, 0)))
 
 
 def gate_gradient(sums: jax.Array, segment_ids: jax.Array, tiles: Tiles, before: bool) -> jax.Array:
@@ -188,8 +179,8 @@ def gate_gradient(sums: jax.Array, segment_ids: jax.Array, tiles: Tiles, before:
     They are rows, cols (less `whole` at a chunk's last token) and puts.
     """
     sums = sums[:, :, :, : tiles.heads].reshape(*sums.shape[:3], tiles.heads, -1, CHUNK)
-    ones = jnp.ones((CHUNK, CHUNK), sums.dtype)
-    weights = jnp.stack([jnp.tril(ones, -1 if before else 0), -jnp.tril(ones), jnp.triu(ones, 1)])
+    ones = np.ones((CHUNK, CHUNK), np.float32)
+    weights = np.stack([np.tril(ones, -1 if before else 0), -np.tril(ones), np.triu(ones, 1)])
     dg = jnp.einsum("BnxhCL,xLM->BCMnh", sums, weights, precision="highest")
     dg_BTN = dg.reshape(tiles.B, tiles.padded_T, tiles.N)[:, : tiles.T]
     return clear_padding(dg_BTN, segment_ids)
