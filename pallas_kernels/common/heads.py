@@ -5,7 +5,7 @@ holds one row of each head, with 2 or 4 heads such tiles lie one after another. 
 transposition or as lanes of `BT(NX)`, costs a copy of the whole array. A kernel that takes all of a token's rows reads
 a head as every eighth row, at no cost. In bfloat16 a row of memory holds two heads, each a half of its 32-bit words.
 
-Arrays with other numbers of heads are taken as `BNT...`.
+Arrays with other numbers of heads, or wider than 128, are taken as `BNT...`.
 """
 
 import jax
@@ -17,42 +17,42 @@ TILE = 8
 
 
 class Heads:
-    """How kernels see `x [B T M X]`: blocks of `length` tokens and `size` of the M heads.
+    """How kernels see an array `[B T M X]`: blocks of `length` tokens and `size` of the M heads.
 
     `readers` steps, one after another, see the same heads.
     """
 
-    def __init__(self, shape_BTM: tuple[int, int, int], size: int, length: int, readers: int = 1):
-        self._shape_BTM, self._size, self._length, self._readers = shape_BTM, size, length, readers
-        M = shape_BTM[2]
-        self._tiled = (size == TILE and M % TILE == 0) or (size == M and M in (2, 4))
+    def __init__(self, shape: tuple[int, int, int, int], size: int, length: int, readers: int = 1):
+        self._shape, self._size, self._length, self._readers = shape, size, length, readers
+        *_, M, X = shape
+        self._tiled = X <= 128 and ((size == TILE and M % TILE == 0) or (size == M and M in (2, 4)))
 
-    def spec(self, width: int, chunk) -> pl.BlockSpec:
+    def spec(self, chunk) -> pl.BlockSpec:
         """Returns the blocks of a grid (row, group of heads, step); `chunk(step)` is the block's place in T."""
+        width = self._shape[3]
         group = lambda n: n if self._readers == 1 else jax.lax.div(n, self._readers)
         if self._tiled:
             shape = (None, self._length * self._size // TILE, TILE, width)
             return pl.BlockSpec(shape, lambda b, n, c: (b, chunk(c), group(n), 0))
         return pl.BlockSpec((None, self._size, self._length, width), lambda b, n, c: (b, group(n), chunk(c), 0))
 
-    def shape(self, width: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """Returns the shape of what kernels write."""
-        B, T, M = self._shape_BTM
-        if not self._tiled:
-            return jax.ShapeDtypeStruct((B, M, T, width), dtype)
-        return jax.ShapeDtypeStruct((B, pl.cdiv(T * self._size, TILE), M // self._size * TILE, width), dtype)
+    def shape(self, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Returns the shape of the array that kernels see."""
+        B, T, M, X = self._shape
+        tiles = B, pl.cdiv(T * self._size, TILE), M // self._size * TILE, X
+        return jax.ShapeDtypeStruct(tiles if self._tiled else (B, M, T, X), dtype)
 
     def to_kernel(self, x_BTMX: jax.Array) -> jax.Array:
         if not self._tiled:
             return jnp.moveaxis(x_BTMX, 2, 1)
-        shape, missing = self.shape(x_BTMX.shape[3], x_BTMX.dtype).shape, -x_BTMX.shape[1] % (TILE // self._size)
-        return jnp.pad(x_BTMX, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(shape)
+        missing = -x_BTMX.shape[1] % (TILE // self._size)
+        return jnp.pad(x_BTMX, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(self.shape(x_BTMX.dtype).shape)
 
     def from_kernel(self, x: jax.Array) -> jax.Array:
         if not self._tiled:
             return jnp.moveaxis(x, 1, 2)
-        B, T, M = self._shape_BTM
-        return x.reshape(B, -1, M, x.shape[3])[:, :T]
+        B, T, M, X = self._shape
+        return x.reshape(B, -1, M, X)[:, :T]
 
     def read(self, ref, head: int) -> jax.Array:
         """Returns one head of a block, float32."""

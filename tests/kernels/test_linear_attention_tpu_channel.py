@@ -73,16 +73,16 @@ def test_eight_heads():
 def test_heads_are_read_and_written_in_place(num_heads, dtype):
     x_BTNH = jax.random.normal(jax.random.key(0), (2, 41, num_heads, 64)).astype(dtype)
     size = min(num_heads, 8)
-    heads = Heads((2, 41, num_heads), size, 16)
+    heads = Heads(x_BTNH.shape, size, 16)
 
     def reverse(x_ref, o_ref):
         for n in range(0, size, 2):
             heads.write(o_ref, n, [heads.read(x_ref, size - 1 - n), heads.read(x_ref, size - 2 - n)])
 
-    spec = heads.spec(64, lambda c: c)
+    spec = heads.spec(lambda c: c)
     with pltpu.force_tpu_interpret_mode(ANY):
         reverse = pl.pallas_call(
-            reverse, grid=(2, num_heads // size, 3), in_specs=[spec], out_specs=spec, out_shape=heads.shape(64, dtype)
+            reverse, grid=(2, num_heads // size, 3), in_specs=[spec], out_specs=spec, out_shape=heads.shape(dtype)
         )
         got = heads.from_kernel(jax.jit(reverse)(heads.to_kernel(x_BTNH)))
     want = x_BTNH.reshape(2, 41, -1, size, 64)[:, :, :, ::-1].reshape(x_BTNH.shape)
