@@ -41,7 +41,7 @@ def compare(args, ids):
     [
         (200, 1, 1, 64, 64, False, True),
         (131, 1, 2, 64, 64, True, True),  # two heads share keys
-        (131, 3, 3, 8, 8, True, True),
+        (131, 1, 1, 8, 8, True, True),
         (2, 1, 3, 5, 130, True, False),  # widths to be filled up
     ],
 )
@@ -109,6 +109,7 @@ def test_padding_may_hold_anything():
     with pltpu.force_tpu_interpret_mode(TPU):
         op = recurrent.jit(functools.partial(linear_attention, segment_ids=jnp.asarray(ids), impl="tpu"))
         for clean, got in zip(op(**args), op(**dirty), strict=True):
+            assert np.all(np.isfinite(got))
             np.testing.assert_array_equal(clean, got)
 
 
