@@ -261,7 +261,7 @@ def _backward_kernel(
             for half in (1, 0):
                 first = pair + half * GROUP
                 rows = pl.ds(start + first, GROUP)
-                gs, dlogs = [[None] * GROUP for _ in tiles], [[None] * GROUP for _ in tiles]
+                gs, dlogs = [[] for _ in tiles], [[] for _ in tiles]  # Filled from the last to the first.
                 for t in reversed(range(GROUP)):
                     C = _column(C_HL, first + t)
                     row = pl.ds(start + first + t, 1)
@@ -271,7 +271,8 @@ def _backward_kernel(
                         dh[n] = jnp.exp2(span * A) * g
                         dlog = dh[n] * h_NXD[n, (first + t) * H : (first + t + 1) * H, :]
                         dA[n] += dlog * span
-                        gs[n][t], dlogs[n][t] = g, dlog * A
+                        gs[n].insert(0, g)
+                        dlogs[n].insert(0, dlog * A)
                 B = B_LX[pl.ds(start + pair, 2 * GROUP), :][half * GROUP : (half + 1) * GROUP]
                 dB, dC = [], []
                 for n, _ in tiles:
