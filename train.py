@@ -7,11 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-# On a CPU a third of the time goes into giving memory back to Linux after each step and getting it again. The C library
-# reads its settings when a process starts: start anew, in place, with ones that keep it.
-if __name__ == "__main__" and sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-    keep = {"MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | keep)
+from efficient_lm.allocator import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()
 
 import jax
 

@@ -17,8 +17,8 @@ console = Console(highlight=False, soft_wrap=True)
 def count(number: float) -> str:
     """Returns a number as people say it: 1.83M."""
     for unit in ("", "k", "M", "G"):
-        if abs(number) < 1000:
-            return f"{number:.3g}{unit}" if unit else f"{number:g}"
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
 

@@ -1,6 +1,7 @@
 """Parts that two or more modules use."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,19 @@ class GatedRMSNorm(nnx.Module):
 class ShortConv(nnx.Module):
     """A causal depthwise convolution over tokens and its SiLU: `ShortConv("BTNH", width=4, N=8, H=64, rngs=rngs)`."""
 
-    def __init__(self, dims: str, *, width: int, bias: bool = False, rngs: nnx.Rngs, **sizes: int):
+    def __init__(
+        self,
+        dims: str,
+        *,
+        width: int,
+        bias: bool = False,
+        activation: Literal["silu"] | None = "silu",
+        rngs: nnx.Rngs,
+        **sizes: int,
+    ):
         shape = [sizes[d] for d in dims[2:]]
         self.dims, self.width, self.shape = dims, width, tuple(shape)
+        self.activation: Literal["silu"] | None = activation
         bound = width**-0.5
         kernel = jax.random.uniform(rngs.params(), [*shape, width], jnp.float32, -bound, bound)
         self.kernel = nnx.Param(shard(kernel, dims[2:] + "W"))
@@ -79,7 +90,7 @@ class ShortConv(nnx.Module):
                 flat(x),
                 w.reshape(-1, self.width),
                 bias=None if bias is None else bias.reshape(-1),
-                activation="silu",
+                activation=self.activation,
                 state=None if state is None else flat(state),
                 segment_ids=segment_ids,
             )
@@ -96,6 +107,11 @@ def rms_normalize(
 ) -> Float[Array, "..."]:
     """Scales the given dimensions to a root mean square of one."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
+
+
+def layer_normalize(x: Float[Array, "*B P"], *, eps: float) -> Float[Array, "*B P"]:
+    """Shifts and scales the last dimension to a mean of zero and a variance of one."""
+    return rms_normalize(x - jnp.mean(x, axis=-1, keepdims=True), eps=eps)
 
 
 def unit_normalize(x: Float[Array, "*B H"], eps: float = 1e-6) -> Float[Array, "*B H"]:

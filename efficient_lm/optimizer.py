@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -103,7 +104,7 @@ class MuonConfig(OptimizerConfig):
     beta2: float = 0.95
 
     def _update(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.contrib.muon(
+        muon = optax.contrib.muon(
             learning_rate,
             beta=self.momentum,
             weight_decay=self.weight_decay,
@@ -114,6 +115,20 @@ class MuonConfig(OptimizerConfig):
             muon_weight_dimension_numbers=muon_dimensions,
             consistent_rms=0.2,
         )
+        return optax.GradientTransformation(muon.init, _partitioned(muon.update))
+
+
+def _partitioned(update: Any) -> Any:
+    """Leaves it to XLA how to lay out what an optimizer computes in between, such as X X^T of a sharded matrix X."""
+
+    def run(grads, state, params):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return update(grads, state, params)
+        outs = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (grads, state))
+        return jax.sharding.auto_axes(update, out_sharding=outs)(grads, state, params)
+
+    return run
 
 
 def _per_variable(fn: Any, params: Any) -> Any:

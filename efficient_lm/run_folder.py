@@ -60,7 +60,7 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, fresh: bool = False
 
     Raises:
       ValueError: the run that is there has another configuration, or the folder holds something else.
-      RuntimeError: another process is writing this run.
+      BlockingIOError: another process is writing this run.
     """
     path, lock = Path(folder).absolute(), None
     if jax.process_index() == 0:
@@ -103,7 +103,7 @@ def _lock(path: Path) -> IO[str]:
             holder = lock.read() or "another process"
             lock.close()
             hint = "close() the earlier one" if holder == _this_process() else "stop it, or pass another --run-dir"
-            raise RuntimeError(f"{path} is being written by {holder}; {hint}") from None
+            raise BlockingIOError(f"{path} is being written by {holder}; {hint}") from None
         # Meanwhile another process may have moved the folder aside.
         if (path / "lock").exists() and os.path.samestat(os.stat(path / "lock"), os.fstat(lock.fileno())):
             lock.truncate(0)

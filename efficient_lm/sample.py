@@ -1,5 +1,10 @@
 """Talks to a trained model: python -m efficient_lm.sample runs/quickstart --prompt "def " """
 
+from efficient_lm.allocator import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()
+
 import dataclasses
 import sys
 from pathlib import Path

@@ -40,6 +40,13 @@ def loss_and_grads(cfg):
     return jax.device_get(run(model, batch))
 
 
+def assert_close(got, want):
+    """Compares gradients: sums are taken in another order, and single entries of them nearly cancel."""
+    chex.assert_trees_all_equal_shapes(got, want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.sqrt(np.mean((a - b) ** 2)) <= 1e-4 * np.sqrt(np.mean(b**2))
+
+
 def test_scanned_equals_unrolled():
     """The same layers in the scan, before it and after it: the same parameters, loss and gradients."""
     unrolled = dataclasses.replace(HYBRID, num_periods=0, prefix="M", tail="A M A")
@@ -48,10 +55,7 @@ def test_scanned_equals_unrolled():
     layers = [*grads.prefix, *grads.tail]
     stacked = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(2) for block in want_grads.periods]
     for got, want in zip(layers, stacked, strict=True):
-        # Only the order of additions differs.
-        chex.assert_trees_all_close(
-            nnx.to_pure_dict(nnx.state(got)), nnx.to_pure_dict(nnx.state(want)), rtol=1e-4, atol=1e-5
-        )
+        assert_close(nnx.to_pure_dict(nnx.state(got)), nnx.to_pure_dict(nnx.state(want)))
 
 
 @pytest.mark.parametrize("remat", ["nothing", "dots"])
@@ -59,7 +63,7 @@ def test_remat_changes_nothing(remat):
     (loss, _), grads = loss_and_grads(dataclasses.replace(HYBRID, remat=remat))
     (want_loss, _), want_grads = loss_and_grads(HYBRID)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
-    chex.assert_trees_all_close(jax.tree.leaves(grads), jax.tree.leaves(want_grads), rtol=1e-4, atol=1e-5)
+    assert_close(grads, want_grads)
 
 
 def test_sharded_equals_single():
@@ -67,9 +71,7 @@ def test_sharded_equals_single():
     with jax.set_mesh(make_mesh({"data": 4, "model": 2})):
         (sharded_loss, _), sharded_grads = loss_and_grads(HYBRID)
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
-    for got, want in zip(jax.tree.leaves(sharded_grads), jax.tree.leaves(grads), strict=True):
-        # Sums over tokens are taken in another order; single entries of them nearly cancel.
-        assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-4 * np.sqrt(np.mean(want**2))
+    assert_close(sharded_grads, grads)
 
 
 def test_kinds_of_blocks_and_heads():

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import AttentionConfig
@@ -23,6 +25,7 @@ from efficient_lm.optimizer import (
     is_matrix,
     muon_dimensions,
 )
+from efficient_lm.sharding import make_mesh
 
 CFG = ModelConfig(
     vocab_size=16,
@@ -71,6 +74,28 @@ def test_muon_on_stacked_heads_is_muon_on_each_matrix(model):
     dimensions = muon_dimensions(model)
     assert dimensions.embedding is None
     assert dimensions.periods[0].mixer_norm.scale is None
+
+
+@pytest.mark.parametrize("cfg", [MuonConfig(learning_rate=0.1), AdamWConfig(learning_rate=0.1)], ids=["muon", "adamw"])
+def test_sharded_equals_single(cfg):
+    """Eight devices take the step of one, and keep their parts."""
+    tx, _ = dataclasses.replace(cfg, schedule=CosineConfig(final=1.0)).build(10)
+
+    @jax.jit
+    def two_steps():
+        params = CFG.build(rngs=nnx.Rngs(0))
+        state = tx.init(params)
+        for _ in range(2):
+            grads = jax.tree.map(lambda x: jnp.cos(30 * x), params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    single = two_steps()
+    with jax.set_mesh(make_mesh({"data": 4, "model": 2})):
+        sharded = two_steps()
+        assert sharded.periods[0].mixer.q_proj.kernel[...].sharding.spec == PartitionSpec(None, "data", "model", None)
+    chex.assert_trees_all_close(jax.tree.leaves(sharded), jax.tree.leaves(single), rtol=1e-3, atol=1e-4)
 
 
 def test_weight_decay_spares_norms(model):

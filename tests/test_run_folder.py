@@ -204,13 +204,13 @@ def test_one_process_at_a_time(tmp_path, fresh):
     pipe = subprocess.PIPE
     with subprocess.Popen(args, env=env, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout.readline() == "open\n"
-        with pytest.raises(RuntimeError, match=rf"is being written by process {process.pid} on .*; stop it, or"):
+        with pytest.raises(BlockingIOError, match=rf"is being written by process {process.pid} on .*; stop it, or"):
             open_run(path, CheckpointConfig(), fresh=fresh)
         assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
         process.kill()
         process.wait()
         with (
             open_run(path, CheckpointConfig(), fresh=fresh),
-            pytest.raises(RuntimeError, match=r"close\(\) the earlier one"),
+            pytest.raises(BlockingIOError, match=r"close\(\) the earlier one"),
         ):
             open_run(path, CheckpointConfig())

@@ -113,6 +113,7 @@ class TextConfig(SourceConfig):
 
     def build(self) -> Source:
         files = _find(self.path, ())
+        _check_fits_memory(files)
 
         def read() -> Iterator[bytes]:
             for file in files:
@@ -276,6 +277,17 @@ def _stamp(config: SourceConfig, files: list[Path]) -> str:
     stats = [(str(file.absolute()), file.stat()) for file in files]
     settings = dataclasses.replace(config, weight=1.0)
     return repr([settings, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+
+
+def _check_fits_memory(files: list[Path]) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in files:
+        # The text, its tokens as Python integers, and a copy on the way.
+        if (size := file.stat().st_size) > memory / 8:
+            raise ValueError(
+                f"{file} has {size / 1e9:.1f} GB, and a text file is read whole: {memory / 1e9:.0f} GB of memory are "
+                f"enough for {memory / 8e9:.1f} GB; cut it into files, or write its documents as JSON lines"
+            )
 
 
 def _check_utf8(content: bytes, where: str) -> None:

@@ -187,17 +187,27 @@ class BytesConfig(TokenizerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileConfig(TokenizerConfig):
-    """A tokenizer.json. `bos` and `eos` name its special tokens; empty: the usual names are tried."""
+    """A tokenizer.json, of which the run folder keeps a copy.
+
+    `bos` and `eos` name its special tokens; empty: the usual names are tried.
+    """
 
     path: str
     bos: str = ""
     eos: str = ""
 
     def build(self, run_dir: Path, texts: Callable[[], Iterator[bytes]] | None = None) -> Tokenizer:
-        path = Path(self.path).expanduser()
+        path, copy = Path(self.path).expanduser(), run_dir / "tokenizer.json"
+        if texts is None and copy.exists():
+            path = copy
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer {self.path!r} does not exist; give the path of a tokenizer.json")
-        return FileTokenizer(path, bos=self.bos, eos=self.eos)
+        tokenizer = FileTokenizer(path, bos=self.bos, eos=self.eos)
+        if copy.exists() and copy.read_text() != path.read_text():
+            raise ValueError(f"{path} is not the tokenizer that the run began with, {copy}; take another run folder")
+        if texts is not None and not copy.exists():
+            _keep(copy, path.read_text())
+        return tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +251,12 @@ def _train_bpe(path: Path, texts: Iterator[bytes], vocab_size: int) -> None:
         raise ValueError(
             f"the text gives {tokenizer.get_vocab_size()} tokens, fewer than vocab_size {vocab_size}; lower it"
         )
-    # Several hosts may share the folder: whole files only.
+    _keep(path, tokenizer.to_str())
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes a file that several hosts may share: it appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(tokenizer.to_str())
+    partial.write_text(text)
     partial.replace(path)

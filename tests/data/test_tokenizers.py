@@ -171,6 +171,18 @@ def test_a_broken_file_is_named(tmp_path):
         FileConfig(path=str(path)).build(tmp_path)
 
 
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    path, run_dir = tmp_path / "somewhere.json", tmp_path / "run"
+    config = FileConfig(path=str(path))
+    byte_level(path, ["<|endoftext|>"])
+    trained_with = config.build(run_dir, lambda: iter(TEXT))
+    byte_level(path, ["<|endoftext|>", "<|pad|>"])
+    with pytest.raises(ValueError, match="is not the tokenizer that the run began with"):
+        config.build(run_dir, lambda: iter(TEXT))
+    path.unlink()
+    assert config.build(run_dir).fingerprint == trained_with.fingerprint
+
+
 def test_another_vocabulary_in_the_run_folder(tmp_path):
     TrainBPEConfig(vocab_size=300).build(tmp_path, lambda: iter(TEXT))
     with pytest.raises(ValueError, match="has 300 tokens, not vocab_size 320; take another run folder"):

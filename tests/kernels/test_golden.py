@@ -11,7 +11,15 @@ import pytest
 import pallas_kernels as kernels
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-OPS = ["linear_attention", "delta_rule", "selective_scan", "short_conv", "attention", "linear_cross_entropy"]
+OPS = [
+    "linear_attention",
+    "delta_rule",
+    "diagonal_scan",
+    "selective_scan",
+    "short_conv",
+    "attention",
+    "linear_cross_entropy",
+]
 CASES = [(op, path.stem) for op in OPS for path in sorted(GOLDEN.glob(f"{op}*.npz"))]
 
 
@@ -33,8 +41,9 @@ def check(op: str, case: str, dtype: type, *, impl: str | None, tolerance: float
     group = lambda name: {key.removeprefix(f"{name}."): file[key] for key in file.files if key.startswith(f"{name}.")}
     want, want_grads = group("out"), group("grad")
     inputs = {key: jnp.asarray(x) for key, x in group("in").items() if key not in want_grads}
-    floats = {key: jnp.asarray(x, dtype) for key, x in group("in").items() if key in want_grads}
-    cotangents = {key: jnp.asarray(x, dtype) for key, x in group("cotangent").items()}
+    in_dtype = lambda x: jnp.asarray(x, jnp.promote_types(dtype, jnp.complex64) if np.iscomplexobj(x) else dtype)
+    floats = {key: in_dtype(x) for key, x in group("in").items() if key in want_grads}
+    cotangents = {key: in_dtype(x) for key, x in group("cotangent").items()}
 
     def run(floats):
         outputs = getattr(kernels, op)(**floats, **inputs, **settings, impl=impl)
@@ -56,5 +65,5 @@ def check(op: str, case: str, dtype: type, *, impl: str | None, tolerance: float
 
 def relative_error(got: jax.Array, want: np.ndarray) -> float:
     assert got.shape == want.shape
-    error = np.asarray(got, np.float64) - want
-    return float(np.sqrt(np.mean(np.square(error)) / np.mean(np.square(want))))
+    error = np.asarray(got, want.dtype) - want
+    return float(np.linalg.norm(error) / np.linalg.norm(want))

@@ -13,10 +13,19 @@ from efficient_lm.mixers import (
     AttentionConfig,
     GatedDeltaNetConfig,
     GLAConfig,
+    HGRN2Config,
+    HGRNConfig,
+    LightningConfig,
+    LinearTransformerConfig,
     Mamba2Config,
     MambaConfig,
     Mixer,
     MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RGLRUConfig,
+    RWKV6Config,
+    S4DConfig,
 )
 from efficient_lm.sharding import shard
 
@@ -26,7 +35,16 @@ TINY = [
     AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=7, sink_logits=True, soft_cap=5.0),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
+    HGRN2Config(num_heads=2, key_dim=8, value_dim=16, lower_bound=0.25),
+    LightningConfig(num_heads=4, key_dim=8, value_dim=16, slope_scale=0.5),
+    LinearTransformerConfig(num_heads=2, key_dim=8, value_dim=16),
+    MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
+    RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
+    RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
+    HGRNConfig(width=48, lower_bound=0.25),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+    RGLRUConfig(width=48, num_heads=4),
+    S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
 ]
 

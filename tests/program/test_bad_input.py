@@ -51,14 +51,20 @@ def test_unknown_configuration(program):
     assert "tiny.py" in output
 
 
+def make_sparse(path, size):
+    path.touch()
+    os.truncate(path, size)
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
         (lambda folder: None, "holds no text files"),
         (lambda folder: (folder / "a.txt").write_bytes(b"\xff\xfe\x00caf\xe9"), "a.txt"),
         (lambda folder: (folder / "a.txt").mkdir(), "holds no text files"),
+        (lambda folder: make_sparse(folder / "a.txt", 10**13), "JSON lines"),
     ],
-    ids=["empty folder", "not UTF-8", "no files"],
+    ids=["empty folder", "not UTF-8", "no files", "larger than memory"],
 )
 def test_data(program, tmp_path, make, expected):
     folder = tmp_path / "data"
@@ -69,6 +75,21 @@ def test_data(program, tmp_path, make, expected):
     assert "Traceback" not in output
     assert expected in output
     assert str(folder) in output
+
+
+def test_run_that_is_still_going(program):
+    first = program.start()
+    try:
+        for line in first.stdout:
+            if "starting in" in line:
+                break
+        code, output = program.finish()
+    finally:
+        first.kill()
+        first.communicate()
+    assert code != 0
+    assert f"is being written by process {first.pid}" in output
+    assert output.count("\n") == 1, output
 
 
 def test_run_of_another_model(program):

@@ -95,7 +95,7 @@ def record(
             grads = _gradients(tensors, outputs, cotangents)
         # The same code, with nothing replaced, gives the same numbers to float32's precision.
         for key, got in _outputs(name, run, inputs, zero_cotangents, torch.float32)[1].items():
-            error = (got.double() - outputs[key]).square().mean().sqrt() / outputs[key].square().mean().sqrt()
+            error = (got.to(outputs[key].dtype) - outputs[key]).norm() / outputs[key].norm()
             assert error < 1e-5, f"{name}: {key} is off by {error:.1e} from the unmodified reference"
     else:
         tensors, outputs, cotangents = _outputs(name, run, inputs, zero_cotangents, torch.float32)
@@ -104,9 +104,10 @@ def record(
     meta = {"source": source, "torch": torch.__version__, "precision": precision, "settings": dict(settings)}
     arrays = {f"in.{key}": _exact_float32(x) for key, x in inputs.items()}
     arrays |= {f"in.{key}": x for key, x in (constants or {}).items()}
-    arrays |= {f"out.{key}": x.detach().double().numpy() for key, x in outputs.items()}
-    arrays |= {f"cotangent.{key}": _exact_float32(x.double().numpy()) for key, x in cotangents.items()}
-    arrays |= {f"grad.{key}": x.double().numpy() for key, x in grads.items()}
+    double = lambda x: x.detach().to(torch.complex128 if x.is_complex() else torch.float64).numpy()
+    arrays |= {f"out.{key}": double(x) for key, x in outputs.items()}
+    arrays |= {f"cotangent.{key}": _exact_float32(double(x)) for key, x in cotangents.items()}
+    arrays |= {f"grad.{key}": double(x) for key, x in grads.items()}
     path = FOLDER / f"{name}.npz"
     np.savez_compressed(path, allow_pickle=False, meta=np.array(json.dumps(meta)), **arrays)
     print(f"{path.name:40} {path.stat().st_size / 1024:6.1f} KiB  {' '.join(arrays)}")
@@ -160,22 +161,27 @@ def per_document(
 
 
 def _outputs(name, run, inputs, zero_cotangents, dtype):
-    tensors = {key: torch.tensor(x, dtype=dtype, requires_grad=True) for key, x in inputs.items()}
+    kind = lambda x: dtype.to_complex() if x.dtype.kind == "c" else dtype
+    tensors = {key: torch.tensor(x, dtype=kind(x), requires_grad=True) for key, x in inputs.items()}
     outputs = run(**tensors)
     rng = generator(name + " cotangents")
-    cotangents = {key: torch.tensor(draw(rng, *x.shape), dtype=dtype) for key, x in outputs.items()}
+    parts = lambda x: draw(rng, *x.shape) + 1j * draw(rng, *x.shape) if x.is_complex() else draw(rng, *x.shape)
+    cotangents = {key: torch.tensor(parts(x), dtype=x.dtype) for key, x in outputs.items()}
     for key, where in (zero_cotangents or {}).items():
         cotangents[key][torch.tensor(where)] = 0
     for key, x in outputs.items():
-        assert x.dtype == dtype, f"{name}: {key} is {x.dtype}"
+        assert x.dtype in (dtype, dtype.to_complex()), f"{name}: {key} is {x.dtype}"
     return tensors, outputs, cotangents
 
 
 def _gradients(tensors, outputs, cotangents):
-    grads = torch.autograd.grad(list(outputs.values()), list(tensors.values()), list(cotangents.values()))
-    return dict(zip(tensors, grads, strict=True))
+    # JAX multiplies complex cotangents with derivatives, torch with the conjugates of these.
+    cotangents = [x.conj() for x in cotangents.values()]
+    grads = torch.autograd.grad(list(outputs.values()), list(tensors.values()), cotangents)
+    return {key: x.conj().resolve_conj() for key, x in zip(tensors, grads, strict=True)}
 
 
 def _exact_float32(x: np.ndarray) -> np.ndarray:
-    assert np.array_equal(x.astype(np.float32), x)
-    return x.astype(np.float32)
+    dtype = np.complex64 if np.iscomplexobj(x) else np.float32
+    assert np.array_equal(x.astype(dtype), x)
+    return x.astype(dtype)
