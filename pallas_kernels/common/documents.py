@@ -17,3 +17,9 @@ def fill_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     largest = jnp.iinfo(segment_ids.dtype).max
     first_B1 = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
     return jnp.maximum(jax.lax.cummax(segment_ids, axis=1), first_B1)
+
+
+def clear_padding(x: Array, segment_ids: Int[Array, "B T"]) -> Array:
+    """Returns `x [B T ...]` with zeros at padding."""
+    is_real_BT = segment_ids > 0
+    return jnp.where(is_real_BT.reshape(is_real_BT.shape + (1,) * (x.ndim - 2)), x, 0)

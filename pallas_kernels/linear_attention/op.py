@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.common.documents import fill_padding
+from pallas_kernels.common.documents import clear_padding
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.linear_attention import ref, xla
+from pallas_kernels.linear_attention import ref, tpu, xla
 
-# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+# The residuals are the inputs: one platform's forward may be followed by another's backward.
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
 
 
 def linear_attention(
@@ -44,7 +44,10 @@ def linear_attention(
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
       scale: `H**-0.5` if not given.
-      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
+      impl: "ref", "xla", "tpu", or None for the best one on the platform that the program is lowered for.
+
+    Raises:
+      ValueError: an unknown `impl`, one that does not support these arguments, or shapes that do not fit.
     """
     check_impl("linear_attention", impl, ("ref", *FORWARD))
     check_heads("linear_attention", q, k, v)
@@ -62,19 +65,18 @@ def linear_attention(
     g = jnp.broadcast_to(g, (B, T, N)) if g.ndim == 1 else g
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    reason = tpu.unsupported(q, k, v, g)
+    if impl == "tpu" and reason is not None:
+        raise ValueError(f"linear_attention: impl 'tpu' does not support {reason}; use impl=None")
+    if impl is None and reason is not None:
+        impl = "xla"
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.linear_attention(q, k, v, g, bonus, state, ids, scale)
 
-    real_BT1 = (ids > 0)[..., None]
-    if segment_ids is not None:
-        v = jnp.where(real_BT1[..., None], v, 0)
-        g = jnp.where(real_BT1 if g.ndim == 3 else real_BT1[..., None], g, 0)
-        ids = fill_padding(ids)
     o_BTNP, state_BNHP = _op(impl, scale, bonus is not None, q, k, v, g, state, ids)
     if bonus is not None:
-        o_BTNP += _own_token(q, k, v, bonus, scale)
-    if segment_ids is not None:
-        o_BTNP = jnp.where(real_BT1[..., None], o_BTNP, 0)
+        own_BTNP = _own_token(q, k, v, bonus, scale)
+        o_BTNP += own_BTNP if segment_ids is None else clear_padding(own_BTNP, ids)
     return o_BTNP, state_BNHP
 
 
@@ -86,17 +88,17 @@ def _own_token(q_BTKH, k_BTKH, v_BTNP, bonus_NH, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _op(impl, scale, before, *args):
-    return _forward(impl, scale, before, *args)[0]
+def _op(impl, scale, before, *inputs):
+    return dispatch(impl, {name: functools.partial(fn, scale, before) for name, fn in FORWARD.items()}, *inputs)
 
 
-def _forward(impl, scale, before, *args):
-    return dispatch(impl, {name: functools.partial(fn, scale, before) for name, fn in FORWARD.items()}, *args)
+def _forward(impl, scale, before, *inputs):
+    return _op(impl, scale, before, *inputs), inputs
 
 
-def _backward(impl, scale, before, residuals, cotangents):
+def _backward(impl, scale, before, inputs, cotangents):
     backward = {name: functools.partial(fn, scale, before) for name, fn in BACKWARD.items()}
-    return *dispatch(impl, backward, residuals, cotangents), None
+    return *dispatch(impl, backward, inputs, cotangents), None
 
 
 _op.defvjp(_forward, _backward)

@@ -12,50 +12,50 @@ the gradients of S and S':
     dS = keep dS' + Q^T (reads dO)   dK = dA's share + writes (V dS'^T)
                                      dV = A^T dO + writes (K dS')
 
-Residuals are the inputs and the state before each chunk of `CHUNK` tokens, `states_CBKGHP`.
+The backward pass walks the states once more rather than keep them: they are larger than all the inputs.
 """
 
 import jax.numpy as jnp
 
 from pallas_kernels.common import chunks
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
+from pallas_kernels.common.documents import clear_padding, fill_padding
 
 # 32 is as fast on a CPU but keeps twice the states; 128 is slower.
 CHUNK = 64
 
 
-def _chunked(q, k, v, g, segment_ids, scale, before):
+def _chunked(scale, before, q, k, v, g, state, segment_ids):
+    """Returns the arguments in chunks, their decays, what each chunk writes, the states before each, and the last."""
+    v, g = clear_padding(v, segment_ids), clear_padding(g, segment_ids)
     K, L, dtype = k.shape[2], chunks.length(v.shape[1], CHUNK), jnp.promote_types(v.dtype, jnp.float32)
     q_CBKLH = chunks.split(q, K, L, dtype)[:, :, :, 0] * scale
     k_CBKLH = chunks.split(k, K, L, dtype)[:, :, :, 0]
     v_CBKGLP, g_CBKGLX = (chunks.split(x, K, L, dtype) for x in (v, g[..., None] if g.ndim == 3 else g))
-    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGLX, chunks.Segments(segment_ids, L), before)
-    return q_CBKLH, k_CBKLH, v_CBKGLP, decay
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(
+        g_CBKGLX, chunks.Segments(fill_padding(segment_ids), L), before
+    )
+    writes_CBKGHP = decay.outer(k_CBKLH, decay.writes_CBKGLX, v_CBKGLP)
+    states = chunks.scan_states(decay.keep_CBKGX1, writes_CBKGHP, state.reshape(writes_CBKGHP.shape[1:]))
+    return q_CBKLH, k_CBKLH, v_CBKGLP, decay, *states
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
-    """Returns (o, state) and residuals. `before`: tokens read the state before their own decay and write.
-
-    g is BTN or BTNH; segment_ids never decrease along a row and padding, having v = 0 and g = 0, is part of a document.
-    """
-    q_CBKLH, k_CBKLH, v_CBKGLP, decay = _chunked(q, k, v, g, segment_ids, scale, before)
-    # 1. What each chunk writes, and from it the state before each chunk.
-    writes_CBKGHP = decay.outer(k_CBKLH, decay.writes_CBKGLX, v_CBKGLP)
-    states_CBKGHP, last_BKGHP = chunks.scan_states(
-        decay.keep_CBKGX1, writes_CBKGHP, state.reshape(writes_CBKGHP.shape[1:])
-    )
-    # 2. Within the chunk, and from the chunks before.
+    """Returns (o, state). `before`: tokens read the state before their own decay and write. g is BTN or BTNH."""
+    inputs = q, k, v, g, state, segment_ids
+    q_CBKLH, k_CBKLH, v_CBKGLP, decay, states_CBKGHP, last_BKGHP = _chunked(scale, before, *inputs)
     scores_CBKGLS = decay.scores(q_CBKLH[:, :, :, None], k_CBKLH)[:, :, :, 0]
     o_CBKGLP = jnp.matmul(scores_CBKGLS, v_CBKGLP) + decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
-    outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
-    return outputs, (q, k, v, g, segment_ids, states_CBKGHP)
+    o_BTNP = chunks.join(o_CBKGLP, v.shape[1], v.dtype)
+    return clear_padding(o_BTNP, segment_ids), last_BKGHP.reshape(state.shape)
 
 
-def backward(scale, before, residuals, cotangents):
+def backward(scale, before, inputs, cotangents):
     """Returns the gradients of q, k, v, g and state."""
-    q, k, v, g, segment_ids, states_CBKGHP = residuals
+    q, k, v, g, _, segment_ids = inputs
     do, dlast = cotangents
-    q_CBKLH, k_CBKLH, v_CBKGLP, decay = _chunked(q, k, v, g, segment_ids, scale, before)
+    do = clear_padding(do, segment_ids)
+    q_CBKLH, k_CBKLH, v_CBKGLP, decay, states_CBKGHP, _ = _chunked(scale, before, *inputs)
     do_CBKGLP = chunks.split(do, k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     # 1. The gradient of the state after each chunk, from the last to the first.
     dwrites_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
@@ -83,7 +83,7 @@ def backward(scale, before, residuals, cotangents):
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
         chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
-        chunks.join(dv_CBKGLP, T, v.dtype),
-        chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape),
+        clear_padding(chunks.join(dv_CBKGLP, T, v.dtype), segment_ids),
+        clear_padding(chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape), segment_ids),
         dstate_BKGHP.reshape(dlast.shape),
     )

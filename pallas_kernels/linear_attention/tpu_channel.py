@@ -1,0 +1,283 @@
+"""Linear attention with one decay per key channel, on TPU: GLA, https://arxiv.org/abs/2312.06635, RWKV-6, HGRN2.
+
+The mathematics is that of `xla.py`, in chunks of 128 tokens, with the decays of `common/doubling.py`. States are walked
+turned around, `S_PH`: decays are then rows, which multiply without being turned. The backward pass runs `states`, which
+walks the row again and leaves the state before each chunk in HBM, then `backward`, from the last chunk to the first.
+
+The gradient of g is as in `common/decays.py`, but for pairs of tokens in one chunk: what they add to rows and cols
+cancels outside of the blocks in which they meet. Rounded products would leave something there, more than what strong
+decays let through; so close pairs are summed over blocks of 8 tokens only.
+
+What it costs, in cycles per token and head by the compiler's schedule, 8 heads with H = P = 128 and bfloat16:
+
+                  v5e: kernel  HBM  matrix unit      v6e: kernel  HBM  matrix unit
+    forward               3.6  2.9          3.0             ---  1.7          1.0
+    states                1.5  2.4          0.4             ---  1.4          0.1
+    backward             10.3  5.7          6.8             ---  3.3          3.0
+
+Both large kernels are bound by registers: the scheduler starts as much as it can, and then moves one vector a cycle to
+VMEM. Chunks of 64 would need fewer registers, but twice the states.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, add, dot, fill, take
+from pallas_kernels.linear_attention.tpu_channel_blocks import CHUNK, REAL, STARTS, Blocks, flags, widen
+
+_LOG2_E = 1.4426950408889634
+# exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
+_CLOSED = -200.0
+# What does not fit into registers is kept in VMEM.
+_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
+)
+
+
+def unsupported(q, k, v, g):
+    """Returns why these arguments need another implementation, or None."""
+    if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (q, k, v)) or g.dtype != jnp.float32:
+        return f"q {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be float32 or bfloat16"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"heads wider than 256, and here keys have {q.shape[3]} and values {v.shape[3]}"
+    return None
+
+
+def forward(scale, before, q, k, v, g, state, segment_ids):
+    """Returns (o, state). segment_ids are the user's: 0 is padding, where v and g may be anything."""
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
+    spec, state_BNHP = blocks.specs(), widen(state, 2, 3)
+    o, last_BNHP = pl.pallas_call(
+        functools.partial(_forward_kernel, rule, blocks),
+        name="linear_attention_channel",
+        grid=blocks.grid,
+        in_specs=[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, spec.state],
+        out_specs=[spec.values, spec.state],
+        out_shape=[blocks.values.shape(blocks.P, v.dtype), _like(state_BNHP)],
+        scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
+        compiler_params=_PARAMS,
+    )(flags(segment_ids), *blocks.pack(q, k, v, g), state_BNHP)
+    return blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)
+
+
+def backward(scale, before, inputs, cotangents):
+    """Returns the gradients of q, k, v, g and state."""
+    q, k, v, g, state, segment_ids = inputs
+    do, dlast = cotangents
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
+    state_BNHP, flags_B1T, packed = widen(state, 2, 3), flags(segment_ids), blocks.pack(q, k, v, g)
+    scratch = [pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)]
+    spec = blocks.specs()
+    states = pl.pallas_call(
+        functools.partial(_states_kernel, rule, blocks),
+        name="linear_attention_channel_states",
+        grid=blocks.grid,
+        in_specs=[spec.flags, spec.keys, spec.values, spec.decays, spec.state],
+        out_specs=spec.states,
+        out_shape=jax.ShapeDtypeStruct(
+            (blocks.B, blocks.grid[2], blocks.N, blocks.P, blocks.H), jnp.float32 if rule.exact else jnp.bfloat16
+        ),
+        scratch_shapes=scratch,
+        compiler_params=_PARAMS,
+    )(flags_B1T, *packed[1:], state_BNHP)
+    spec = blocks.specs(backwards=True)
+    dq, dk, dv, dg, dstate_BNHP = pl.pallas_call(
+        functools.partial(_backward_kernel, rule, blocks),
+        name="linear_attention_channel_backward",
+        grid=blocks.grid,
+        in_specs=[
+            *[spec.flags, spec.keys, spec.keys, spec.values, spec.decays],
+            *[spec.values, spec.states, spec.state],
+        ],
+        out_specs=[spec.dkeys, spec.dkeys, spec.values, spec.decays, spec.state],
+        out_shape=[
+            *[blocks.dkeys.shape(blocks.H, x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
+            blocks.values.shape(blocks.P, v.dtype),
+            blocks.values.shape(blocks.H, jnp.float32),
+            _like(state_BNHP),
+        ],
+        scratch_shapes=scratch,
+        compiler_params=_PARAMS,
+    )(flags_B1T, *packed, blocks.values.to_kernel(widen(do, 3)), states, widen(dlast, 2, 3))
+    return (
+        blocks.key_gradient(dq, q),
+        blocks.key_gradient(dk, k),
+        blocks.values.from_kernel(dv)[..., : v.shape[3]],
+        blocks.values.from_kernel(dg)[..., : g.shape[3]],
+        _cut(dstate_BNHP, state),
+    )
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def _cut(x_BNHP: jax.Array, like: jax.Array) -> jax.Array:
+    return x_BNHP[:, :, : like.shape[2], : like.shape[3]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What the kernels compute; products of float32 are `exact`."""
+
+    scale: float
+    before: bool
+    exact: bool
+
+    @classmethod
+    def of(cls, scale, before, q, k, v):
+        return cls(scale, before, any(x.dtype == jnp.float32 for x in (q, k, v)))
+
+    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
+        return dot(x, y, sides, self.exact)
+
+
+class _Tokens:
+    """Which tokens of the chunk are real and which start a document. What is not real, or beyond T, may be anything."""
+
+    def __init__(self, flags_1L: jax.Array):
+        flags_LL = jnp.broadcast_to(flags_1L, (CHUNK, CHUNK)).astype(jnp.float32).T.astype(jnp.int32)
+        starts_LL = flags_LL & STARTS > 0
+        self._real_LL = jnp.where(flags_LL & REAL > 0, -1, 0)
+        self._goes_on_LL = jnp.where(starts_LL, 0, self._real_LL)
+        self._most_LL = jnp.where(starts_LL, _CLOSED, 0.0)
+
+    def clear(self, x_LX: jax.Array) -> jax.Array:
+        """Returns x with zeros, in place of NaN too, for what is not real."""
+        return _and(x_LX, self._real_LL)
+
+    def clear_starts(self, x_LX: jax.Array) -> jax.Array:
+        """Returns x with zeros for what is not real and for the starts of documents."""
+        return _and(x_LX, self._goes_on_LL)
+
+    def decays(self, g_LH: jax.Array, before: bool) -> Decays:
+        most_LH = _widen_lanes(self._most_LL, g_LH.shape[1])
+        logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
+        return Decays(logs_LH, most_LH if before else logs_LH)
+
+
+def _widen_lanes(same_LL: jax.Array, width: int) -> jax.Array:
+    """Returns `LX` of an array whose lanes are all the same."""
+    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
+
+
+def _and(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
+    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen_lanes(bits_LL, x_LX.shape[1])
+    return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
+
+
+def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
+    _start(S_NPH, S_NHP)
+    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+
+    def head(q_LH, k_LH, n):
+        v_LP = tokens.clear(blocks.values.read(v_ref, n))
+        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+        found = {}
+        for m, d_LH in decays.levels.items():
+            q, k = (take(x_LH, m, half) * take(d_LH, m, half) for x_LH, half in ((q_LH, SECOND), (k_LH, FIRST)))
+            found[m] = product(q, fill(k, m, FIRST), "nt")
+        scores_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
+        S_PH = S_NPH[n]
+        o_LP = product(scores_LL, v_LP, "nn") + product(q_LH * decays.reads, S_PH, "nt")
+        S_NPH[n] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
+        return tokens.clear(o_LP)
+
+    for unit in blocks.units:
+        o = []
+        for key, heads in unit:
+            q_LH = rule.scale * blocks.keys.read(q_ref, key)
+            k_LH = tokens.clear(blocks.keys.read(k_ref, key))
+            o += [head(q_LH, k_LH, n) for n in heads]
+        blocks.values.write(o_ref, unit[0][1][0], o)
+    _finish(S_NPH, last_NHP)
+
+
+def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
+    _start(S_NPH, S_NHP)
+    tokens = _Tokens(flags_1L[...])
+    for unit in blocks.units:
+        for key, heads in unit:
+            k_LH = tokens.clear(blocks.keys.read(k_ref, key))
+            for n in heads:
+                v_LP = tokens.clear(blocks.values.read(v_ref, n))
+                decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+                S_PH = S_NPH[n]
+                states_NPH[n] = S_PH.astype(states_NPH.dtype)
+                S_NPH[n] = decays.keep_1H * S_PH + rule.product(v_LP, k_LH * decays.writes, "tn")
+
+
+def _backward_kernel(rule, blocks, *refs):
+    flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
+    dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
+    _start(dS_NPH, dlast_NHP)
+    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+
+    def head(q_LH, k_LH, n):
+        v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
+        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+        S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
+        # 1. Through the states: what the chunk reads, what it leaves, what it keeps.
+        dread_LH = decays.reads * product(do_LP, S_PH, "nn")
+        dput_LH = decays.writes * product(v_LP, dS_PH, "nn")
+        dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
+        dg_LH += product(pairs.earlier(), k_LH * dput_LH, "nn")
+        # 2. Within the chunk. Rows of scores are readers, those of their transpose what is read.
+        dscores_LL, dscoresT_LL = product(do_LP, v_LP, "nt"), product(v_LP, do_LP, "nt")
+        found, dq_near_LH, dq_far_LH = {}, jnp.zeros_like(q_LH), dread_LH
+        dk_near_LH, dk_far_LH = jnp.zeros_like(k_LH), jnp.zeros_like(k_LH)
+        for m, d_LH in decays.levels.items():
+            to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
+            q, k = fill(take(q_LH, m, SECOND) * to, m, SECOND), fill(take(k_LH, m, FIRST) * of, m, FIRST)
+            found[m] = product(take(k, m, FIRST), q, "nt")
+            dq = to * product(pairs.pick(dscores_LL, m, SECOND), k, "nn")
+            dk = of * product(pairs.pick(dscoresT_LL, m, FIRST), q, "nn")
+            if m < 8:
+                dq_near_LH, dk_near_LH = add(dq_near_LH, dq, m, SECOND), add(dk_near_LH, dk, m, FIRST)
+            else:
+                dq_far_LH, dk_far_LH = add(dq_far_LH, dq, m, SECOND), add(dk_far_LH, dk, m, FIRST)
+        dg_LH += product(pairs.later(8), q_LH * dq_near_LH - k_LH * dk_near_LH, "nn")
+        dg_LH += product(pairs.later(CHUNK), q_LH * dq_far_LH - k_LH * dk_far_LH, "nn")
+        dq_LH, dk_LH = dq_near_LH + dq_far_LH, dk_near_LH + dk_far_LH + dput_LH
+        if rule.before:
+            dg_LH -= q_LH * dq_LH
+        else:
+            own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
+            dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
+        scoresT_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), FIRST)
+        dv_LP = product(scoresT_LL, do_LP, "nn") + product(k_LH * decays.writes, dS_PH, "nt")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
+        return rule.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
+
+    for unit in blocks.units:
+        dq, dk, dv, dg = [], [], [], []
+        for key, heads in unit:
+            q_LH, k_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
+            of_heads = [head(rule.scale * q_LH, k_LH, n) for n in heads]
+            dq_G, dk_G, dv_G, dg_G = zip(*of_heads, strict=True)
+            dq, dk, dv, dg = [*dq, sum(dq_G)], [*dk, sum(dk_G)], [*dv, *dv_G], [*dg, *dg_G]
+        (key, heads), *_ = unit
+        blocks.dkeys.write(dq_ref, key, dq)
+        blocks.dkeys.write(dk_ref, key, dk)
+        blocks.values.write(dv_ref, heads[0], dv)
+        blocks.values.write(dg_ref, heads[0], dg)
+    _finish(dS_NPH, dS_NHP)
+
+
+def _start(S_NPH, S_NHP):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for n in range(S_NPH.shape[0]):
+            S_NPH[n] = S_NHP[n].T
+
+
+def _finish(S_NPH, S_NHP):
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        for n in range(S_NPH.shape[0]):
+            S_NHP[n] = S_NPH[n].T
