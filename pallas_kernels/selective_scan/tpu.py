@@ -1,7 +1,7 @@
 """The selective scan on TPU: the vector unit does what differs by channel and row, the matrix unit all sums.
 
-A program holds the state of up to `MAX_TILES` times 128 channels, rows on sublanes, channels on lanes, and walks the
-tokens of its blocks one after another. Per token and tile it spends on the vector unit what differs in each entry, the
+A program holds the state of some tiles of 128 channels, rows on sublanes, channels on lanes, and walks the tokens of
+its blocks one after another. Per token and tile it spends on the vector unit what differs in each entry, the
 decay and the update; the rest are matmuls over `GROUP` tokens at once. With X the pairs (token of the group, row), h_XD
 the states of a group, and C laid out block by block, C_GX[t, (s, h)] = C[t, h] where t = s and 0 elsewhere:
 
@@ -22,7 +22,7 @@ from pallas_kernels.selective_scan.xla import CHUNK, FOREVER, MAX_A
 
 BLOCK_T = 128
 GROUP = 8
-MAX_TILES = 4
+MAX_ROWS = 64  # Of all tiles of a program: what it computes with has to stay in registers.
 LOG2E = math.log2(math.e)
 
 
@@ -102,9 +102,9 @@ class _Padded:
     """The arguments as the kernels take them, filled up to whole blocks, and where their blocks lie."""
 
     def __init__(self, x, dt, A, B, C, marks):
-        self.tiles = tiles_per_block(x.shape[2], MAX_TILES)
-        self.block = self.tiles * LANES
         self.H = A.shape[1] + -A.shape[1] % 16
+        self.tiles = tiles_per_block(x.shape[2], max(1, MAX_ROWS // self.H))
+        self.block = self.tiles * LANES
         self.dtype = jnp.dtype(jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32)
         self.x = self.pad_tokens(x)
         batch, self.T, D = self.x.shape

@@ -28,7 +28,7 @@ def forward(x, dt, A, B, C, state, marks):
     """Returns (y, state) and residuals.
 
     `marks_BT`: 0 is padding, 2 a document's first token where the state before it is another's, 1 all the others.
-    B and C are zero at padding; x and dt may be anything there.
+    B and C are zero at padding, and so is y; x and dt may be anything there.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     rates_HD = jnp.minimum(A.astype(dtype), MAX_A).T
@@ -44,7 +44,7 @@ def forward(x, dt, A, B, C, state, marks):
 
         tokens = *_tokens(dtype, x_LBD, dt_LBD, marks_LB), B_LBH.astype(dtype), C_LBH.astype(dtype)
         last_BHD, y_LBD = jax.lax.scan(step, h_BHD, tokens)
-        return last_BHD, (jnp.where(marks_LB[..., None] > 0, y_LBD, 0).astype(x.dtype), h_BHD)
+        return last_BHD, (y_LBD.astype(x.dtype), h_BHD)
 
     T, first_BHD = x.shape[1], jnp.swapaxes(state, 1, 2)
     last_BHD, (y_CLBD, states_CBHD) = jax.lax.scan(chunk, first_BHD, [_split(a) for a in (x, dt, B, C, marks)])

@@ -60,7 +60,7 @@ def short_chunks(monkeypatch):
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize(
     ("T", "D", "H", "skip", "packed", "state"),
-    [(1, 3, 4, True, True, True), (3, 5, 4, True, False, False), (67, 6, 5, False, True, True)],
+    [(1, 3, 4, True, True, True), (3, 5, 20, True, False, False), (67, 6, 5, False, True, True)],
 )
 def test_tpu_agrees_with_the_definition(T, D, H, skip, packed, state):
     ids = jnp.asarray(recurrent.documents(T)) if packed else None
@@ -73,10 +73,10 @@ def test_tpu_agrees_with_the_definition(T, D, H, skip, packed, state):
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("max_tiles", [1, 2])
-def test_tpu_in_several_blocks(monkeypatch, max_tiles):
+@pytest.mark.parametrize("max_rows", [16, 32])
+def test_tpu_in_several_blocks(monkeypatch, max_rows):
     """Blocks of tokens, and blocks of channels or several tiles in one; operands in bfloat16; steps that forget all."""
-    monkeypatch.setattr(tpu, "MAX_TILES", max_tiles)
+    monkeypatch.setattr(tpu, "MAX_ROWS", max_rows)
     ids = jnp.asarray(recurrent.documents(200))[:1]
     args = arguments(200, 150, 16, state=True, B=1)
     args |= {name: args[name].astype(jnp.bfloat16) for name in ("x", "B", "C")}
