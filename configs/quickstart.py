@@ -24,10 +24,10 @@ def config() -> TrainConfig:
             remat="nothing",
         ),
         data=DataConfig(tokenizer=TrainBPEConfig(vocab_size=2048)),
-        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=320)),
+        optimizer=MuonConfig(learning_rate=1e-2, schedule=TrapezoidConfig(warmup_steps=20, decay_steps=480)),
         batch_size=8,
         seq_len=256,
-        num_steps=800,
+        num_steps=1200,
         evaluation=EvaluationConfig(every=400, max_batches=16),
         checkpoint=CheckpointConfig(save_every=100),
     )

@@ -3,7 +3,11 @@
 import os
 import sys
 
-_KEEP = {"MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}
+_KEEP = {
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_MMAP_THRESHOLD_": "8000000000",
+    "MALLOC_ARENA_MAX": "1",  # Arenas of other threads have no room for large arrays, and get new memory for each.
+}
 
 
 def keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ N heads         K key/value heads     G = N / K          H key width of a head  
 A name that ends in letters says what its dimensions are: `q_BTNH`. Everything here is the identity outside a mesh.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,11 +55,32 @@ def shard(x: jax.Array, dims: str) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(dims))
 
 
-def einsum(eqn: str, *xs: jax.Array) -> jax.Array:
-    """`jnp.einsum` whose output is sharded as its letters say."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return jnp.einsum(eqn, *xs)
-    return jnp.einsum(eqn, *xs, out_sharding=spec(eqn.split("->")[1]))
+def einsum(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays whose output, and gradients, are sharded as their letters say."""
+    return _einsum(eqn, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(eqn, x, w):
+    # Sums run over letters in alphabetical order; where memory has another one, both arrays would be transposed.
+    names = {ord(letter): chr(ord("a") + i) for i, letter in enumerate(dict.fromkeys(filter(str.isalpha, eqn)))}
+    out_sharding = None if jax.sharding.get_abstract_mesh().empty else spec(eqn.split("->")[1])
+    with jax.named_scope(eqn):
+        return jnp.einsum(eqn.translate(names), x, w, out_sharding=out_sharding)
+
+
+def _einsum_forward(eqn, x, w):
+    return _einsum(eqn, x, w), (x, w)
+
+
+def _einsum_backward(eqn, residuals, dy):
+    # JAX's own gradient of w comes out transposed, which on a CPU costs a copy of dy and the fast matmul.
+    (x, w), (ins, y_dims) = residuals, eqn.split("->")
+    x_dims, w_dims = ins.split(",")
+    return _einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w), _einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]:

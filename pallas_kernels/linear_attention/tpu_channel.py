@@ -8,15 +8,18 @@ The gradient of g is as in `common/decays.py`, but for pairs of tokens in one ch
 cancels outside of the blocks in which they meet. Rounded products would leave something there, more than what strong
 decays let through; so close pairs are summed over blocks of 8 tokens only.
 
-What it costs, in cycles per token and head by the compiler's schedule, 8 heads with H = P = 128 and bfloat16:
+Cycles per token and head, by the compiler's schedule, for 8 heads of H = P = 128 in bfloat16, beside the floors: what
+passes between HBM and the kernel, and the products of matrices.
 
-                  v5e: kernel  HBM  matrix unit      v6e: kernel  HBM  matrix unit
-    forward               3.6  2.9          3.0             ---  1.7          1.0
-    states                1.5  2.4          0.4             ---  1.4          0.1
-    backward             10.3  5.7          6.8             ---  3.3          3.0
+                  v5e: schedule  HBM  products      v6e: schedule  HBM  products
+    forward                 3.6  2.9       3.0                3.8  1.7       1.0
+    states                  1.5  2.4       0.4                1.4  1.4       0.1
+    backward                9.7  5.7       6.8                9.6  3.3       3.1
 
-Both large kernels are bound by registers: the scheduler starts as much as it can, and then moves one vector a cycle to
-VMEM. Chunks of 64 would need fewer registers, but twice the states.
+Forward, vector arithmetic and, on v5e, stores fill three quarters of their slots. Backward the stores are what fills up
+on v5e: of the some fifty matrices that a head keeps alive, registers hold four, and the rest moves to VMEM and back.
+What did not help, being 0 to 15 % slower backward: two heads taken by turns; one head made to wait for another;
+levels made one by one as they are used; dO V^T turned around rather than made twice; dg summed in three sizes of block.
 """
 
 import dataclasses
@@ -58,7 +61,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         grid=blocks.grid,
         in_specs=[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, spec.state],
         out_specs=[spec.values, spec.state],
-        out_shape=[blocks.values.shape(blocks.P, v.dtype), _like(state_BNHP)],
+        out_shape=[blocks.values.shape(v.dtype), _like(state_BNHP)],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=_PARAMS,
     )(flags(segment_ids), *blocks.pack(q, k, v, g), state_BNHP)
@@ -96,9 +99,9 @@ def backward(scale, before, inputs, cotangents):
         ],
         out_specs=[spec.dkeys, spec.dkeys, spec.values, spec.decays, spec.state],
         out_shape=[
-            *[blocks.dkeys.shape(blocks.H, x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
-            blocks.values.shape(blocks.P, v.dtype),
-            blocks.values.shape(blocks.H, jnp.float32),
+            *[blocks.dkeys.shape(x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
+            blocks.values.shape(v.dtype),
+            blocks.decays.shape(jnp.float32),
             _like(state_BNHP),
         ],
         scratch_shapes=scratch,
@@ -108,7 +111,7 @@ def backward(scale, before, inputs, cotangents):
         blocks.key_gradient(dq, q),
         blocks.key_gradient(dk, k),
         blocks.values.from_kernel(dv)[..., : v.shape[3]],
-        blocks.values.from_kernel(dg)[..., : g.shape[3]],
+        blocks.decays.from_kernel(dg)[..., : g.shape[3]],
         _cut(dstate_BNHP, state),
     )
 
@@ -177,7 +180,7 @@ def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o
 
     def head(q_LH, k_LH, n):
         v_LP = tokens.clear(blocks.values.read(v_ref, n))
-        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+        decays = tokens.decays(blocks.decays.read(g_ref, n), rule.before)
         found = {}
         for m, d_LH in decays.levels.items():
             q, k = (take(x_LH, m, half) * take(d_LH, m, half) for x_LH, half in ((q_LH, SECOND), (k_LH, FIRST)))
@@ -206,7 +209,7 @@ def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NP
             k_LH = tokens.clear(blocks.keys.read(k_ref, key))
             for n in heads:
                 v_LP = tokens.clear(blocks.values.read(v_ref, n))
-                decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+                decays = tokens.decays(blocks.decays.read(g_ref, n), rule.before)
                 S_PH = S_NPH[n]
                 states_NPH[n] = S_PH.astype(states_NPH.dtype)
                 S_NPH[n] = decays.keep_1H * S_PH + rule.product(v_LP, k_LH * decays.writes, "tn")
@@ -220,7 +223,7 @@ def _backward_kernel(rule, blocks, *refs):
 
     def head(q_LH, k_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
-        decays = tokens.decays(blocks.values.read(g_ref, n), rule.before)
+        decays = tokens.decays(blocks.decays.read(g_ref, n), rule.before)
         S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
         # 1. Through the states: what the chunk reads, what it leaves, what it keeps.
         dread_LH = decays.reads * product(do_LP, S_PH, "nn")
@@ -265,7 +268,7 @@ def _backward_kernel(rule, blocks, *refs):
         blocks.dkeys.write(dq_ref, key, dq)
         blocks.dkeys.write(dk_ref, key, dk)
         blocks.values.write(dv_ref, heads[0], dv)
-        blocks.values.write(dg_ref, heads[0], dg)
+        blocks.decays.write(dg_ref, heads[0], dg)
     _finish(dS_NPH, dS_NHP)
 
 

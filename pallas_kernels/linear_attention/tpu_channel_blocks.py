@@ -42,13 +42,14 @@ class Blocks:
         self.H, self.P = _width(q.shape[3]), _width(P)
         self.grid = self.B, N // self.size, pl.cdiv(self.T, CHUNK)
         keys = max(1, self.size // G)
-        self.keys = Heads((self.B, self.T, self.K), keys, CHUNK, self.parts)
-        self.dkeys = Heads((self.B, self.T, self.K * self.parts), keys, CHUNK)
-        self.values = Heads((self.B, self.T, N), self.size, CHUNK)
-        # Key heads of a step, each with its value heads, one after another or, as bfloat16 heads are written, in pairs.
+        self.keys = Heads((self.B, self.T, self.K, self.H), keys, CHUNK, self.parts)
+        self.dkeys = Heads((self.B, self.T, self.K * self.parts, self.H), keys, CHUNK)
+        self.values = Heads((self.B, self.T, N, self.P), self.size, CHUNK)
+        self.decays = Heads((self.B, self.T, N, self.H), self.size, CHUNK)
+        # Key heads of a step, each with its value heads; in pairs if there are any, for so are bfloat16 heads written.
         readers = self.size // keys
         heads = [(key, range(key * readers, (key + 1) * readers)) for key in range(keys)]
-        together = 2 if readers == 1 and keys % 2 == 0 else 1
+        together = 1 if keys % 2 else 2
         self.units = [heads[key : key + together] for key in range(0, keys, together)]
 
     def specs(self, backwards: bool = False) -> Specs:
@@ -56,18 +57,18 @@ class Blocks:
         chunk = lambda c: num_chunks - 1 - c if backwards else c
         return Specs(
             flags=pl.BlockSpec((None, 1, CHUNK), lambda b, n, c: (b, 0, chunk(c))),
-            keys=self.keys.spec(self.H, chunk),
-            dkeys=self.dkeys.spec(self.H, chunk),
-            values=self.values.spec(self.P, chunk),
-            decays=self.values.spec(self.H, chunk),
+            keys=self.keys.spec(chunk),
+            dkeys=self.dkeys.spec(chunk),
+            values=self.values.spec(chunk),
+            decays=self.decays.spec(chunk),
             state=pl.BlockSpec((None, self.size, self.H, self.P), lambda b, n, c: (b, n, 0, 0)),
             states=pl.BlockSpec((None, None, self.size, self.P, self.H), lambda b, n, c: (b, chunk(c), n, 0, 0)),
         )
 
     def pack(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
         """Returns the arguments as the kernels take them."""
-        keys, values = [widen(x, 3) for x in (q, k)], [widen(x, 3) for x in (v, g)]
-        return [*map(self.keys.to_kernel, keys), *map(self.values.to_kernel, values)]
+        heads = self.keys, self.keys, self.values, self.decays
+        return [heads.to_kernel(widen(x, 3)) for heads, x in zip(heads, (q, k, v, g), strict=True)]
 
     def key_gradient(self, d: jax.Array, like: jax.Array) -> jax.Array:
         """Returns the gradient of q or k from what the kernel wrote."""

@@ -1,0 +1,64 @@
+"""Compiles the XLA form of each recurrence, with gradients, at two lengths: `python -m tests.aot.memory 8192 65536`.
+
+Memory has to grow no faster than the tokens do, and no array may hold a state per token, or a number per pair of
+tokens.
+"""
+
+import math
+import os
+import re
+import sys
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.ops import CASES, SIZES, Case, backward
+
+ONE_HEAD = {**SIZES, "N": 1, "K": 1, "F": 128}
+
+
+def compile_case(case: Case, num_tokens: int, device: Any) -> tuple[int, int]:
+    """Returns the bytes of temporary memory, and the number of elements of the largest array in the program."""
+    sizes = {**ONE_HEAD, "T": num_tokens}
+    place = lambda arrays: tuple(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+        for x in case.structs(arrays, sizes)
+    )
+    # All of it in HBM: otherwise what fits into VMEM is missing from the sum.
+    both = jax.jit(backward(case.forward(impl="xla")), compiler_options={"xla_msa_enable": False})
+    compiled = both.lower(place(case.ins), place(case.outs)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text() or "")
+    return memory.temp_size_in_bytes, max(math.prod(map(int, shape.split(","))) for shape in set(shapes))
+
+
+def main(short: int, long: int) -> int:
+    """Returns how many cases failed."""
+    device, num_failed = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0], 0
+    for name, case in CASES.items():
+        if "state" not in case.args:
+            continue
+        (short_bytes, _), (long_bytes, largest) = (compile_case(case, tokens, device) for tokens in (short, long))
+        sizes = {**ONE_HEAD, "T": long}
+        (state,) = case.structs(case.args["state"], sizes)
+        arguments = max(x.size for x in case.structs(case.ins, sizes))
+        # Less than a state for every fourth token; but outputs may be states, and are as long as arguments.
+        limit = max(long * state.size // 4, 2 * arguments)
+        failed = long_bytes > 1.1 * long / short * short_bytes or largest > limit
+        num_failed += failed
+        print(
+            f"{name}: {short_bytes / 1e6:.1f} MB for {short} tokens, {long_bytes / 1e6:.1f} MB for {long}; the largest "
+            f"array has {largest / long:.0f} elements a token, of at most {limit / long:.0f}{', FAILED' * failed}",
+            flush=True,
+        )
+    return num_failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])) > 0)

@@ -1,0 +1,27 @@
+"""Every op compiles for every TPU generation, with its kernels, on a machine that has none."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments):
+    # In a process of its own: libtpu is loaded once, for good. XLA's flags here are those of quick tests on a CPU.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command, root = [sys.executable, "-m", *arguments], pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles(chip):
+    run("tests.aot.gate", chip)
+
+
+@pytest.mark.slow
+def test_memory_is_linear():
+    run("tests.aot.memory", "1024", "8192")
