@@ -2,8 +2,8 @@
 
 A program holds the state of some tiles of 128 channels, rows on sublanes, channels on lanes, and walks the tokens of
 its blocks one after another. Each entry has a decay and an update of its own, on the vector unit; the rest are matmuls
-over `GROUP` tokens at once. With X the pairs (token of the group, row), h_XD the states of a group, and C laid out block
-by block, C_GX[t, (s, h)] = C[t, h] where t = s and 0 elsewhere:
+over `GROUP` tokens at once. With X the pairs (token of the group, row), h_XD the states of a group, and C laid out
+block by block, C_GX[t, (s, h)] = C[t, h] where t = s and 0 elsewhere:
 
     y = C_GX h_XD        du = B_GX g_XD        dC_GX = dy h_XD^T        dB_GX = u g_XD^T
 

@@ -1,7 +1,7 @@
 """`short_conv` on TPU: one pass over the inputs forward, one backward.
 
 XLA reads the inputs once for each tap, and writes what it reads as float32. Here a block of tokens is read once, with
-the `HALO` rows before it, and shifted along sublanes. Padding before a token is first moved to the end of its row.
+the `HALO` rows before it, and shifted along sublanes. Rows with padding before a token are left to XLA.
 """
 
 import functools
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.holes import hole_moves
 from pallas_kernels.common.tiles import LANES, tiles_per_block
 from pallas_kernels.short_conv import xla
 
@@ -24,37 +23,23 @@ ROWS = 64  # At a time, so that all that is computed of them stays in registers.
 def forward(activation, x, w, bias, state, segment_ids):
     """Returns `(y, state)` and the residuals of `xla.forward`."""
     args = x, w, bias, state, segment_ids
+    kernel, other = functools.partial(_forward_packed, activation), functools.partial(xla.forward, activation)
     if _is_empty(x, w):
-        return xla.forward(activation, *args)
+        return other(*args)
     if segment_ids is None:
-        return _forward_packed(activation, *args), args
-
-    def with_holes(x, w, bias, state, ids_BT):
-        close, reopen = hole_moves(ids_BT)
-        y, new_state = _forward_packed(activation, close(x), w, bias, state, close(ids_BT))
-        return reopen(y), new_state
-
-    # Outside of the condition the moves would cost a copy also where there is nothing to move.
-    packed = functools.partial(_forward_packed, activation)
-    return jax.lax.cond(_has_holes(segment_ids), with_holes, packed, *args), args
+        return kernel(*args), args
+    return jax.lax.cond(_has_holes(segment_ids), lambda *args: other(*args)[0], kernel, *args), args
 
 
 def backward(activation, residuals, cotangents):
     """Returns the gradients of x, w, bias and state."""
     x, w, _, _, segment_ids = residuals
+    kernel, other = functools.partial(_backward_packed, activation), functools.partial(xla.backward, activation)
     if _is_empty(x, w):
-        return xla.backward(activation, residuals, cotangents)
-    packed = functools.partial(_backward_packed, activation)
+        return other(residuals, cotangents)
     if segment_ids is None:
-        return packed(residuals, cotangents)
-
-    def with_holes(residuals, cotangents):
-        (x, w, bias, state, ids_BT), (dy, dlast) = residuals, cotangents
-        close, reopen = hole_moves(ids_BT)
-        dx, *rest = packed((close(x), w, bias, state, close(ids_BT)), (close(dy), dlast))
-        return reopen(dx), *rest
-
-    return jax.lax.cond(_has_holes(segment_ids), with_holes, packed, residuals, cotangents)
+        return kernel(residuals, cotangents)
+    return jax.lax.cond(_has_holes(segment_ids), other, kernel, residuals, cotangents)
 
 
 def _is_empty(x, w):

@@ -112,7 +112,7 @@ def test_tpu_in_several_blocks(monkeypatch, dtype):
         assert rms_error(g, w) < 1e-2
 
 
-def test_tpu_with_padding_before_tokens():
+def test_tpu_leaves_padding_before_tokens_to_xla():
     args, ids = make(67), make_ids(67)
     want = run(*args, ids, impl="ref", activation="silu")
     assert_same(run_interpreted(*args, ids, activation="silu"), want)
