@@ -60,14 +60,15 @@ def selective_scan(
     state = jnp.zeros(states, dtype) if state is None else state.astype(dtype)
     ids = jnp.ones(tokens, jnp.int32) if segment_ids is None else segment_ids
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
-        y, state = ref.selective_scan(x, dt, A, B, C, state, ids)
+        y, last = ref.selective_scan(x, dt, A, B, C, state, ids)
+        if D is not None:
+            y += (D.astype(dtype) * jnp.where(ids[..., None] > 0, x, 0)).astype(y.dtype)
     else:
+        D = jnp.zeros(width, dtype) if D is None else D
         real_BT1 = ids[..., None] > 0
         B, C = jnp.where(real_BT1, B, 0), jnp.where(real_BT1, C, 0)
-        y, state = _op(impl, x, dt, A, B, C, state, _marks(ids))
-    if D is not None:
-        y += (D.astype(dtype) * jnp.where(ids[..., None] > 0, x, 0)).astype(y.dtype)
-    return y, state
+        y, last = _op(impl, x, dt, A, B, C, D, state, _marks(ids))
+    return y, last
 
 
 def _marks(ids_BT: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """The selective scan on TPU: the vector unit does what differs by channel and row, the matrix unit all sums.
 
-A program holds the state of up to `MAX_TILES` times 128 channels, rows on sublanes, channels on lanes, and walks the
-tokens of its blocks one after another. Per token and tile it spends on the vector unit what differs in each entry, the
-decay and the update; the rest are matmuls over `GROUP` tokens at once. With X the pairs (token of the group, row), h_XD
-the states of a group, and C laid out block by block, C_GX[t, (s, h)] = C[t, h] where t = s and 0 elsewhere:
+A program holds the state of some tiles of 128 channels, rows on sublanes, channels on lanes, and walks the tokens of
+its blocks one after another. Each entry has a decay and an update of its own, on the vector unit; the rest are matmuls
+over `GROUP` tokens at once. With X the pairs (token of the group, row), h_XD the states of a group, and C laid out
+block by block, C_GX[t, (s, h)] = C[t, h] where t = s and 0 elsewhere:
 
     y = C_GX h_XD        du = B_GX g_XD        dC_GX = dy h_XD^T        dB_GX = u g_XD^T
 
@@ -22,13 +22,13 @@ from pallas_kernels.selective_scan.xla import CHUNK, FOREVER, MAX_A
 
 BLOCK_T = 128
 GROUP = 8
-MAX_TILES = 4
+MAX_ROWS = 64  # Of all tiles of a program: what it computes with has to stay in registers.
 LOG2E = math.log2(math.e)
 
 
-def forward(x, dt, A, B, C, state, marks):
+def forward(x, dt, A, B, C, D, state, marks):
     """Returns (y, state) and the residuals of `xla.forward`."""
-    p = _Padded(x, dt, A, B, C, marks)
+    p = _Padded(x, dt, A, B, C, D, marks)
     first_BHD = p.pad_state(jnp.swapaxes(state, 1, 2))
     y, states_CBHD, last_BHD = pl.pallas_call(
         _forward_kernel,
@@ -41,24 +41,29 @@ def forward(x, dt, A, B, C, state, marks):
             jax.ShapeDtypeStruct((p.T // CHUNK, *first_BHD.shape), jnp.float32),
             jax.ShapeDtypeStruct(first_BHD.shape, jnp.float32),
         ],
-        scratch_shapes=[p.rows_scratch(), p.rows_scratch(), pltpu.VMEM((BLOCK_T, GROUP * p.H), p.dtype)],
+        scratch_shapes=[
+            *[p.rows_scratch()] * 2,
+            pltpu.VMEM((BLOCK_T, LANES), jnp.float32),
+            pltpu.VMEM((BLOCK_T, GROUP * p.H), p.dtype),
+        ],
         compiler_params=p.params,
     )(*p.arrays, first_BHD)
-    T, D, H = x.shape[1], x.shape[2], A.shape[1]
-    states_CBHD = states_CBHD[: -(-T // CHUNK), :, :H, :D]
-    return (y[:, :T, :D], jnp.swapaxes(last_BHD[:, :H, :D], 1, 2)), (x, dt, A, B, C, marks, states_CBHD)
+    T, width, H = x.shape[1], x.shape[2], A.shape[1]
+    states_CBHD = states_CBHD[: -(-T // CHUNK), :, :H, :width]
+    outputs = y[:, :T, :width], jnp.swapaxes(last_BHD[:, :H, :width], 1, 2)
+    return outputs, (x, dt, A, B, C, D, marks, states_CBHD)
 
 
 def backward(residuals, cotangents):
-    """Returns the gradients of x, dt, A, B, C and state."""
-    x, dt, A, B, C, marks, states_CBHD = residuals
+    """Returns the gradients of x, dt, A, B, C, D and state."""
+    x, dt, A, B, C, D, marks, states_CBHD = residuals
     dy, dlast = cotangents
-    p = _Padded(x, dt, A, B, C, marks)
+    p = _Padded(x, dt, A, B, C, D, marks)
     dlast_BHD = p.pad_state(jnp.swapaxes(dlast, 1, 2))
     states_CBHD = jnp.pad(p.pad_state(states_CBHD), ((0, p.T // CHUNK - len(states_CBHD)), *[(0, 0)] * 3))
     shape_BHD = jax.ShapeDtypeStruct(dlast_BHD.shape, jnp.float32)
     last = p.grid[2] - 1
-    dx, ddt, dA_BHD, dBC_BNXT, dfirst_BHD = pl.pallas_call(
+    dx, ddt, dA_BHD, dBC_BNXT, dD_BGD, dfirst_BHD = pl.pallas_call(
         _backward_kernel,
         name="selective_scan_backward",
         grid=p.grid,
@@ -68,6 +73,7 @@ def backward(residuals, cotangents):
             p.token_spec(last),
             p.state_spec,
             pl.BlockSpec((None, None, 2 * p.H, BLOCK_T), lambda b, d, t: (b, d, 0, last - t)),
+            pl.BlockSpec((None, GROUP, p.block), lambda b, d, t: (b, 0, d)),
             p.state_spec,
         ],
         out_shape=[
@@ -75,6 +81,7 @@ def backward(residuals, cotangents):
             jax.ShapeDtypeStruct(p.x.shape, dt.dtype),
             shape_BHD,
             jax.ShapeDtypeStruct((p.grid[0], p.grid[1], 2 * p.H, p.T), jnp.float32),
+            jax.ShapeDtypeStruct((p.grid[0], GROUP, p.x.shape[2]), jnp.float32),
             shape_BHD,
         ],
         scratch_shapes=[
@@ -86,33 +93,35 @@ def backward(residuals, cotangents):
         ],
         compiler_params=p.params,
     )(*p.arrays, dlast_BHD, p.pad_tokens(dy), states_CBHD)
-    T, D, H = x.shape[1], x.shape[2], A.shape[1]
+    T, width, H = x.shape[1], x.shape[2], A.shape[1]
     dBC_BTX = jnp.swapaxes(jnp.sum(dBC_BNXT, axis=1), 1, 2)[:, :T]
     return (
-        dx[:, :T, :D],
-        ddt[:, :T, :D],
-        jnp.sum(dA_BHD, axis=0)[:H, :D].T.astype(A.dtype),
+        dx[:, :T, :width],
+        ddt[:, :T, :width],
+        jnp.sum(dA_BHD, axis=0)[:H, :width].T.astype(A.dtype),
         dBC_BTX[..., :H].astype(B.dtype),
         dBC_BTX[..., p.H : p.H + H].astype(C.dtype),
-        jnp.swapaxes(dfirst_BHD[:, :H, :D], 1, 2),
+        jnp.sum(dD_BGD, axis=(0, 1))[:width].astype(D.dtype),
+        jnp.swapaxes(dfirst_BHD[:, :H, :width], 1, 2),
     )
 
 
 class _Padded:
     """The arguments as the kernels take them, filled up to whole blocks, and where their blocks lie."""
 
-    def __init__(self, x, dt, A, B, C, marks):
-        self.tiles = tiles_per_block(x.shape[2], MAX_TILES)
-        self.block = self.tiles * LANES
+    def __init__(self, x, dt, A, B, C, D, marks):
         self.H = A.shape[1] + -A.shape[1] % 16
+        self.tiles = tiles_per_block(x.shape[2], max(1, MAX_ROWS // self.H))
+        self.block = self.tiles * LANES
         self.dtype = jnp.dtype(jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32)
         self.x = self.pad_tokens(x)
-        batch, self.T, D = self.x.shape
-        self.grid = batch, D // self.block, self.T // BLOCK_T
+        batch, self.T, width = self.x.shape
+        self.grid = batch, width // self.block, self.T // BLOCK_T
         marks_B1T = self._pad(marks, T=1)[:, None]
         rates_HD = self._pad(jnp.minimum(A.astype(jnp.float32), MAX_A).T * LOG2E, H=0, D=1)
         BC_BTX = jnp.concatenate([self._pad(a, T=1, H=2).astype(jnp.float32) for a in (B, C)], axis=2)
-        self.arrays = marks_B1T, self.x, self.pad_tokens(dt), rates_HD, jnp.swapaxes(BC_BTX, 1, 2)
+        D_1D = self._pad(D.astype(jnp.float32)[None], D=1)
+        self.arrays = marks_B1T, self.x, self.pad_tokens(dt), rates_HD, jnp.swapaxes(BC_BTX, 1, 2), D_1D
         self.state_spec = pl.BlockSpec((None, self.H, self.block), lambda b, d, t: (b, 0, d))
         self.params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
@@ -138,6 +147,7 @@ class _Padded:
             self.token_spec(last),
             pl.BlockSpec((self.H, self.block), lambda b, d, t: (0, d)),
             pl.BlockSpec((None, 2 * self.H, BLOCK_T), lambda b, d, t: (b, 0, at(t))),
+            pl.BlockSpec((1, self.block), lambda b, d, t: (0, d)),
         ]
 
     def token_spec(self, last=None):
@@ -157,7 +167,9 @@ class _Padded:
         return (lambda t: t) if last is None else (lambda t: last - t)
 
 
-def _forward_kernel(marks_1L, x_LD, dt_LD, A_HD, BC_XL, first_HD, y_LD, states_CHD, h_HD, u_NLD, span_NLD, C_LX):
+def _forward_kernel(
+    marks_1L, x_LD, dt_LD, A_HD, BC_XL, D_1D, first_HD, y_LD, states_CHD, h_HD, u_NLD, span_NLD, marks_LD, C_LX
+):
     H = A_HD.shape[0]
     tiles = list(enumerate(_tiles(A_HD)))
 
@@ -165,9 +177,9 @@ def _forward_kernel(marks_1L, x_LD, dt_LD, A_HD, BC_XL, first_HD, y_LD, states_C
     def _():
         h_HD[...] = first_HD[...]
 
-    marks_LD = _columns(marks_1L[...])
+    marks_LD[...] = _columns(marks_1L[...])
     for n, at in tiles:
-        x, dt, span_NLD[n] = _tokens(marks_LD, x_LD[:, at], dt_LD[:, at])
+        x, dt, span_NLD[n] = _tokens(marks_LD[...], x_LD[:, at], dt_LD[:, at])
         u_NLD[n] = dt * x
     C_LX[...] = _blocks(BC_XL[H:, :], C_LX.dtype)
 
@@ -190,7 +202,9 @@ def _forward_kernel(marks_1L, x_LD, dt_LD, A_HD, BC_XL, first_HD, y_LD, states_C
                 C = C_LX[pl.ds(start + pair, 2 * GROUP), :][half * GROUP : (half + 1) * GROUP]
                 y[half] = [_dot(C, jnp.concatenate(hs[n]).astype(C.dtype)) for n, _ in tiles]
             for n, at in tiles:
-                y_LD[pl.ds(start + pair, 2 * GROUP), at] = jnp.concatenate([y[0][n], y[1][n]]).astype(y_LD.dtype)
+                rows = pl.ds(start + pair, 2 * GROUP)
+                x, _, _ = _tokens(marks_LD[rows, :], x_LD[rows, at], dt_LD[rows, at])
+                y_LD[rows, at] = (jnp.concatenate([y[0][n], y[1][n]]) + D_1D[:, at] * x).astype(y_LD.dtype)
         for n, at in tiles:
             h_HD[:, at] = h[n]
         return carry
@@ -204,6 +218,7 @@ def _backward_kernel(
     dt_LD,
     A_HD,
     BC_XL,
+    D_1D,
     dlast_HD,
     dy_LD,
     states_CHD,
@@ -211,6 +226,7 @@ def _backward_kernel(
     ddt_LD,
     dA_HD,
     dBC_XL,
+    dD_GD,
     dh_HD,
     u_NLD,
     span_NLD,
@@ -229,6 +245,7 @@ def _backward_kernel(
     def _():
         dh_HD[...] = dlast_HD[...]
         dA_HD[...] = jnp.zeros_like(dA_HD)
+        dD_GD[...] = jnp.zeros_like(dD_GD)
 
     marks_LD[...] = _columns(marks_1L[...])
     for n, at in tiles:
@@ -261,7 +278,7 @@ def _backward_kernel(
             for half in (1, 0):
                 first = pair + half * GROUP
                 rows = pl.ds(start + first, GROUP)
-                gs, dlogs = [[None] * GROUP for _ in tiles], [[None] * GROUP for _ in tiles]
+                gs, dlogs = [[] for _ in tiles], [[] for _ in tiles]  # Filled from the last to the first.
                 for t in reversed(range(GROUP)):
                     C = _column(C_HL, first + t)
                     row = pl.ds(start + first + t, 1)
@@ -271,7 +288,8 @@ def _backward_kernel(
                         dh[n] = jnp.exp2(span * A) * g
                         dlog = dh[n] * h_NXD[n, (first + t) * H : (first + t + 1) * H, :]
                         dA[n] += dlog * span
-                        gs[n][t], dlogs[n][t] = g, dlog * A
+                        gs[n].insert(0, g)
+                        dlogs[n].insert(0, dlog * A)
                 B = B_LX[pl.ds(start + pair, 2 * GROUP), :][half * GROUP : (half + 1) * GROUP]
                 dB, dC = [], []
                 for n, _ in tiles:
@@ -287,7 +305,9 @@ def _backward_kernel(
                 x, dt, _ = _tokens(marks_LD[rows, :], x_LD[rows, at], dt_LD[rows, at])
                 du_LD = jnp.concatenate([du[0][n], du[1][n]])
                 dspan_LD = jnp.concatenate([dspan[0][n], dspan[1][n]]) / LOG2E
-                dx_LD[rows, at] = (du_LD * dt).astype(dx_LD.dtype)
+                dy = dy_NLD[n, rows, :]
+                dx_LD[rows, at] = (du_LD * dt + D_1D[:, at] * dy).astype(dx_LD.dtype)
+                dD_GD[:, at] += (dy * x)[:GROUP] + (dy * x)[GROUP:]
                 ddt_LD[rows, at] = (du_LD * x + jnp.where(marks_LD[rows, :] > 0, dspan_LD, 0)).astype(ddt_LD.dtype)
         for n, at in tiles:
             dh_HD[:, at], dA_HD[:, at] = dh[n], dA[n]

@@ -2,7 +2,7 @@
 
 With a = exp(dt A) and u = dt x, for one channel and row of the state:
 
-    h = a h_old + u B        y = sum_H C h
+    h = a h_old + u B        y = sum_H C h + D x
 
 Backward, g being the gradient of h, from the last token to the first:
 
@@ -24,11 +24,11 @@ CHUNK = 64
 FOREVER, MAX_A = 1e30, -1e-20
 
 
-def forward(x, dt, A, B, C, state, marks):
+def forward(x, dt, A, B, C, D, state, marks):
     """Returns (y, state) and residuals.
 
     `marks_BT`: 0 is padding, 2 a document's first token where the state before it is another's, 1 all the others.
-    B and C are zero at padding; x and dt may be anything there.
+    B and C are zero at padding, and so is y; x and dt may be anything there.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     rates_HD = jnp.minimum(A.astype(dtype), MAX_A).T
@@ -42,18 +42,19 @@ def forward(x, dt, A, B, C, state, marks):
             h_BHD = jnp.exp(span_BD[:, None] * rates_HD) * h_BHD + write_BHD
             return h_BHD, jnp.einsum("BH,BHD->BD", C_BH, h_BHD)
 
-        tokens = *_tokens(dtype, x_LBD, dt_LBD, marks_LB), B_LBH.astype(dtype), C_LBH.astype(dtype)
+        x_LBD, dt_LBD, spans_LBD = _tokens(dtype, x_LBD, dt_LBD, marks_LB)
+        tokens = x_LBD, dt_LBD, spans_LBD, B_LBH.astype(dtype), C_LBH.astype(dtype)
         last_BHD, y_LBD = jax.lax.scan(step, h_BHD, tokens)
-        return last_BHD, (jnp.where(marks_LB[..., None] > 0, y_LBD, 0).astype(x.dtype), h_BHD)
+        return last_BHD, ((y_LBD + D.astype(dtype) * x_LBD).astype(x.dtype), h_BHD)
 
     T, first_BHD = x.shape[1], jnp.swapaxes(state, 1, 2)
     last_BHD, (y_CLBD, states_CBHD) = jax.lax.scan(chunk, first_BHD, [_split(a) for a in (x, dt, B, C, marks)])
-    return (_join(y_CLBD, T), jnp.swapaxes(last_BHD, 1, 2)), (x, dt, A, B, C, marks, states_CBHD)
+    return (_join(y_CLBD, T), jnp.swapaxes(last_BHD, 1, 2)), (x, dt, A, B, C, D, marks, states_CBHD)
 
 
 def backward(residuals, cotangents):
-    """Returns the gradients of x, dt, A, B, C and state."""
-    x, dt, A, B, C, marks, states_CBHD = residuals
+    """Returns the gradients of x, dt, A, B, C, D and state."""
+    x, dt, A, B, C, D, marks, states_CBHD = residuals
     dy, dlast = cotangents
     dtype = states_CBHD.dtype
     rates_HD = jnp.minimum(A.astype(dtype), MAX_A).T
@@ -87,16 +88,20 @@ def backward(residuals, cotangents):
         u_LBD = dt_LBD * x_LBD
         _, kept_LBHD = jax.lax.scan(remember, h_BHD, (u_LBD, spans_LBD, B_LBH))
         tokens = u_LBD, spans_LBD, B_LBH, C_LBH, dy_LBD, kept_LBHD
-        carry, (du_LBD, dspan_LBD, dB_LBH, dC_LBH) = jax.lax.scan(step, carry, tokens, reverse=True)
+        *carry, dD_D = carry
+        carry, (du_LBD, dspan_LBD, dB_LBH, dC_LBH) = jax.lax.scan(step, tuple(carry), tokens, reverse=True)
+        dD_D += jnp.sum(dy_LBD * x_LBD, axis=(0, 1))
+        dx_LBD = du_LBD * dt_LBD + D.astype(dtype) * dy_LBD
         ddt_LBD = du_LBD * x_LBD + jnp.where(real_LB1, dspan_LBD, 0)
-        grads = du_LBD * dt_LBD, ddt_LBD, dB_LBH, dC_LBH
-        return carry, [grad.astype(a.dtype) for grad, a in zip(grads, (x, dt, B, C), strict=True)]
+        grads = dx_LBD, ddt_LBD, dB_LBH, dC_LBH
+        return (*carry, dD_D), [grad.astype(a.dtype) for grad, a in zip(grads, (x, dt, B, C), strict=True)]
 
-    carry = jnp.swapaxes(dlast, 1, 2), jnp.zeros_like(states_CBHD[0])
+    carry = jnp.swapaxes(dlast, 1, 2), jnp.zeros_like(states_CBHD[0]), jnp.zeros(D.shape, dtype)
     arrays = *[_split(a) for a in (x, dt, B, C, marks, dy)], states_CBHD
-    (dstate_BHD, dA_BHD), grads = jax.lax.scan(chunk, carry, arrays, reverse=True)
+    (dstate_BHD, dA_BHD, dD_D), grads = jax.lax.scan(chunk, carry, arrays, reverse=True)
     dx, ddt, dB, dC = (_join(grad_CLBD, x.shape[1]) for grad_CLBD in grads)
-    return dx, ddt, jnp.sum(dA_BHD, axis=0).T.astype(A.dtype), dB, dC, jnp.swapaxes(dstate_BHD, 1, 2)
+    dA_DH, dstate_BDH = jnp.sum(dA_BHD, axis=0).T, jnp.swapaxes(dstate_BHD, 1, 2)
+    return dx, ddt, dA_DH.astype(A.dtype), dB, dC, dD_D.astype(D.dtype), dstate_BDH
 
 
 def _tokens(dtype, x_LBD, dt_LBD, marks_LB):

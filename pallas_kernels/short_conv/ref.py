@@ -8,7 +8,7 @@ from pallas_kernels.common.documents import fill_padding
 
 def short_conv(x, w, bias, state, segment_ids, activation):
     dtype = jnp.promote_types(jnp.float32, x.dtype)
-    w_DW = w.astype(dtype)
+    w_DW, bias = w.astype(dtype), None if bias is None else bias.astype(dtype)
     if segment_ids is None:
         segment_ids = jnp.ones(x.shape[:2], jnp.int32)
     filled_BT = fill_padding(segment_ids)
@@ -20,7 +20,7 @@ def short_conv(x, w, bias, state, segment_ids, activation):
         taps_BWD = jnp.concatenate([window_BWD, x_BD[:, None]], axis=1)
         y_BD = jnp.einsum("BWD,DW->BD", taps_BWD, w_DW)
         if bias is not None:
-            y_BD = y_BD + bias.astype(dtype)[None]
+            y_BD = y_BD + bias[None]
         if activation == "silu":
             y_BD = jax.nn.silu(y_BD)
         window_BWD = jnp.where(is_real_B[:, None, None], taps_BWD[:, 1:], window_BWD)

@@ -23,24 +23,27 @@ ROWS = 64  # At a time, so that all that is computed of them stays in registers.
 def forward(activation, x, w, bias, state, segment_ids):
     """Returns `(y, state)` and the residuals of `xla.forward`."""
     args = x, w, bias, state, segment_ids
-    run = functools.partial(_forward_packed, activation)
-    if x.shape[1] == 0:
-        return xla.forward(activation, *args)
+    kernel, other = functools.partial(_forward_packed, activation), functools.partial(xla.forward, activation)
+    if _is_empty(x, w):
+        return other(*args)
     if segment_ids is None:
-        return run(*args), args
-    slow = lambda *args: xla.forward(activation, *args)[0]
-    return jax.lax.cond(_has_holes(segment_ids), slow, run, *args), args
+        return kernel(*args), args
+    return jax.lax.cond(_has_holes(segment_ids), lambda *args: other(*args)[0], kernel, *args), args
 
 
 def backward(activation, residuals, cotangents):
     """Returns the gradients of x, w, bias and state."""
-    if residuals[0].shape[1] == 0:
-        return xla.backward(activation, residuals, cotangents)
-    run = functools.partial(_backward_packed, activation)
-    if residuals[-1] is None:
-        return run(residuals, cotangents)
-    slow = functools.partial(xla.backward, activation)
-    return jax.lax.cond(_has_holes(residuals[-1]), slow, run, residuals, cotangents)
+    x, w, _, _, segment_ids = residuals
+    kernel, other = functools.partial(_backward_packed, activation), functools.partial(xla.backward, activation)
+    if _is_empty(x, w):
+        return other(residuals, cotangents)
+    if segment_ids is None:
+        return kernel(residuals, cotangents)
+    return jax.lax.cond(_has_holes(segment_ids), other, kernel, residuals, cotangents)
+
+
+def _is_empty(x, w):
+    return x.shape[1] == 0 or w.shape[1] == 1
 
 
 def _has_holes(ids_BT):
@@ -50,13 +53,12 @@ def _has_holes(ids_BT):
 class _Blocks:
     """The arguments of both kernels, filled up to whole blocks, and where their blocks lie."""
 
-    def __init__(self, x, w, bias, state, segment_ids, last_first):
+    def __init__(self, x, w, bias, state, segment_ids, *, last_first):
         batch, T, D = x.shape
         W = w.shape[1]
         self.L = min(MAX_BLOCK_T, T + -T % LANES)
-        tiles = tiles_per_block(D, MAX_TILES)
-        self.block, self.x = tiles * LANES, x
-        self.x = self.pad_tokens(x)
+        self.block = LANES * tiles_per_block(D, MAX_TILES)
+        self.x = self.pad(x, T=1)
         self.grid = batch, self.x.shape[2] // self.block, self.x.shape[1] // self.L
         last = self.grid[2] - 1
         self.at = at = (lambda t: last - t) if last_first else (lambda t: t)
@@ -66,79 +68,73 @@ class _Blocks:
         back_BT = sum((known_BT[:, W - 1 - j : W - 1 - j + T] == ids_BT).astype(jnp.int32) for j in range(1, W))
         back_BT = jnp.where(ids_BT > 0, back_BT, -1)
         back_B1T = jnp.pad(back_BT, ((0, 0), (0, -T % self.L)), constant_values=-1)[:, None]
-        wb_XD = jnp.concatenate([w.T, jnp.zeros((1, D), w.dtype) if bias is None else bias[None]])
-        self.arrays = back_B1T, self.x, self.pad_channels(wb_XD), self.pad_channels(self.pad_state(state))
+        counts_B = jnp.sum(ids_BT > 0, axis=1)
+        bias_1D = jnp.zeros((1, D), w.dtype) if bias is None else bias[None]
+        self.arrays = counts_B, back_B1T, self.x, *(self.pad(a) for a in (w.T, bias_1D, state))
         self.token_spec = pl.BlockSpec((None, self.L, self.block), lambda b, d, t: (b, at(t), d))
-        self.state_spec = pl.BlockSpec((None, HALO, self.block), lambda b, d, t: (b, 0, d))
+        self.state_spec = pl.BlockSpec((None, W - 1, self.block), lambda b, d, t: (b, 0, d))
         self.specs = [
+            pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec((None, 1, self.L), lambda b, d, t: (b, 0, at(t))),
             self.token_spec,
-            pl.BlockSpec((W + 1, self.block), lambda b, d, t: (0, d)),
+            pl.BlockSpec((W, self.block), lambda b, d, t: (0, d)),
+            pl.BlockSpec((1, self.block), lambda b, d, t: (0, d)),
             self.state_spec,
         ]
         self.scratch = [
             pltpu.VMEM((HALO + self.L, self.block), jnp.float32),
             pltpu.VMEM((self.L, LANES), jnp.float32),
+            pltpu.VMEM((W + 1, self.block), jnp.float32),
         ]
         self.params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
-    def pad_tokens(self, a_BTD):
-        return jnp.pad(a_BTD, ((0, 0), (0, -a_BTD.shape[1] % self.L), (0, -a_BTD.shape[2] % self.block)))
-
-    def pad_channels(self, a_D):
-        return jnp.pad(a_D.astype(jnp.float32), [(0, 0)] * (a_D.ndim - 1) + [(0, -a_D.shape[-1] % self.block)])
-
-    @staticmethod
-    def pad_state(state_BWD):
-        """The inputs before a row, in the last rows of its halo."""
-        return jnp.pad(state_BWD, ((0, 0), (HALO - state_BWD.shape[1], 0), (0, 0)))
+    def pad(self, a_D, T=None):
+        """Fills up the channels, which come last, and the tokens, if it is said where they are."""
+        widths = [(0, 0)] * (a_D.ndim - 1) + [(0, -a_D.shape[-1] % self.block)]
+        if T is not None:
+            widths[T] = (0, -a_D.shape[T] % self.L)
+        return jnp.pad(a_D, widths)
 
 
 def _forward_packed(activation, x, w, bias, state, segment_ids):
     """The convolution of rows whose padding, if any, is at the end."""
     p = _Blocks(x, w, bias, state, segment_ids, last_first=False)
-    y = pl.pallas_call(
+    y, last_BWD = pl.pallas_call(
         functools.partial(_forward_kernel, activation),
         name="short_conv_forward",
         grid=p.grid,
         in_specs=p.specs,
-        out_specs=p.token_spec,
-        out_shape=jax.ShapeDtypeStruct(p.x.shape, x.dtype),
+        out_specs=[p.token_spec, p.state_spec],
+        out_shape=[
+            jax.ShapeDtypeStruct(p.x.shape, x.dtype),
+            jax.ShapeDtypeStruct((*state.shape[:2], p.x.shape[2]), state.dtype),
+        ],
         scratch_shapes=p.scratch,
         compiler_params=p.params,
     )(*p.arrays)
-    place_BW, is_kept_BW = _last(segment_ids, x.shape, w.shape[1])
-    take = lambda a_BTD, index_BW: jnp.take_along_axis(a_BTD, jnp.maximum(index_BW, 0)[..., None], axis=1)
-    of_x, of_state = take(x, place_BW), take(state, jnp.minimum(place_BW, -1) + state.shape[1])
-    last = jnp.where((place_BW >= 0)[..., None], of_x.astype(state.dtype), of_state)
-    return y[:, : x.shape[1], : x.shape[2]], jnp.where(is_kept_BW[..., None], last, 0)
+    T, D = x.shape[1:]
+    return y[:, :T, :D], last_BWD[..., :D]
 
 
 def _backward_packed(activation, residuals, cotangents):
     x, w, bias, state, segment_ids = residuals
-    dy, dlast = cotangents
-    W = w.shape[1]
+    dy, dlast_BWD = cotangents
     p = _Blocks(x, w, bias, state, segment_ids, last_first=True)
-    place_BW, is_kept_BW = _last(segment_ids, x.shape, W)
-    dlast_BWD = p.pad_channels(jnp.pad(jnp.where(is_kept_BW[..., None], dlast, 0), ((0, 0), (0, HALO - W + 1), (0, 0))))
-    first_B = place_BW[:, 0] if W > 1 else jnp.zeros(len(x), jnp.int32)
+    (batch, T, D), (W, width) = x.shape, (w.shape[1], p.x.shape[2])
     rows = 16  # A tile of bfloat16.
     before = pl.BlockSpec((None, rows, p.block), lambda b, d, t: (b, jnp.maximum(p.at(t) * (p.L // rows) - 1, 0), d))
-    shape_BWD = jax.ShapeDtypeStruct((p.grid[0], HALO, p.x.shape[2]), jnp.float32)
-    dx, dwb_BXD, dstate_BWD = pl.pallas_call(
+    weight_spec = lambda rows: pl.BlockSpec((None, rows, p.block), lambda b, d, t: (b, 0, d))
+    dx, dw_BWD, dbias_B1D, dstate_BWD = pl.pallas_call(
         functools.partial(_backward_kernel, activation),
         name="short_conv_backward",
         grid=p.grid,
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *p.specs, before, p.token_spec, p.state_spec],
-        out_specs=[
-            p.token_spec,
-            pl.BlockSpec((None, W + 1, p.block), lambda b, d, t: (b, 0, d)),
-            p.state_spec,
-        ],
+        in_specs=[*p.specs, before, p.token_spec, p.state_spec],
+        out_specs=[p.token_spec, weight_spec(W), weight_spec(1), p.state_spec],
         out_shape=[
             jax.ShapeDtypeStruct(p.x.shape, x.dtype),
-            jax.ShapeDtypeStruct((p.grid[0], W + 1, p.x.shape[2]), jnp.float32),
-            shape_BWD,
+            jax.ShapeDtypeStruct((batch, W, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, 1, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, W - 1, width), state.dtype),
         ],
         scratch_shapes=[
             *p.scratch,
@@ -146,40 +142,29 @@ def _backward_packed(activation, residuals, cotangents):
             pltpu.VMEM((W + 1, 8, p.block), jnp.float32),
         ],
         compiler_params=p.params,
-    )(first_B, *p.arrays, p.x, p.pad_tokens(dy), dlast_BWD)
-    T, D = x.shape[1:]
-    dwb_XD = jnp.sum(dwb_BXD, axis=0)[:, :D]
+    )(*p.arrays, p.x, p.pad(dy, T=1), p.pad(dlast_BWD))
     return (
         dx[:, :T, :D],
-        dwb_XD[:W].T.astype(w.dtype),
-        None if bias is None else dwb_XD[W].astype(bias.dtype),
-        dstate_BWD[:, HALO - W + 1 :, :D].astype(state.dtype),
+        jnp.sum(dw_BWD, axis=0)[:, :D].T.astype(w.dtype),
+        None if bias is None else jnp.sum(dbias_B1D, axis=(0, 1))[:D].astype(bias.dtype),
+        dstate_BWD[..., :D],
     )
 
 
-def _last(segment_ids, shape, W):
-    """Returns the places in x of what the new state holds (below 0: in the old one), and which are of one document."""
-    batch, T, _ = shape
-    ids_BT = jnp.ones((batch, T), jnp.int32) if segment_ids is None else segment_ids
-    count_B1 = jnp.sum(ids_BT > 0, axis=1, keepdims=True)
-    place_BW = count_B1 - W + 1 + jnp.arange(W - 1)[None]
-    id_at = lambda place: jnp.take_along_axis(ids_BT, jnp.maximum(place, 0), axis=1)
-    return place_BW, id_at(place_BW) == id_at(count_B1 - 1)
+def _forward_kernel(activation, counts_B, back_1L, x_LD, w_WD, bias_1D, state_WD, y_LD, last_WD, x_XD, back_LD, wb_XD):
+    (L, D), W = x_LD.shape, w_WD.shape[0]
+    block = pl.program_id(2)
 
-
-def _forward_kernel(activation, back_1L, x_LD, wb_XD, state_WD, y_LD, x_XD, back_LD):
-    L, D = x_LD.shape
-
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(block == 0)
     def _():
-        x_XD[:HALO, :] = state_WD[...]
+        x_XD[HALO - W + 1 : HALO, :] = state_WD[...].astype(jnp.float32)
+        last_WD[...] = state_WD[...]  # Stays so, if there is no token.
 
-    @pl.when(pl.program_id(2) > 0)
+    @pl.when(block > 0)
     def _():
         x_XD[:HALO, :] = x_XD[L:, :]
 
-    x_XD[HALO:, :] = x_LD[...].astype(jnp.float32)
-    back_LD[...] = _columns(back_1L[...])
+    _load(back_1L, x_LD, w_WD, bias_1D, x_XD, back_LD, wb_XD)
 
     def rows(i, carry):
         at = pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
@@ -193,42 +178,51 @@ def _forward_kernel(activation, back_1L, x_LD, wb_XD, state_WD, y_LD, x_XD, back
         return carry
 
     jax.lax.fori_loop(0, L // ROWS, rows, None)
+    end = counts_B[pl.program_id(0)] - 1 - block * L
+
+    @pl.when((end >= 0) & (end < L))
+    def _():
+        back_1D = _reach(back_LD, end, D)
+        kept = [jnp.where(back_1D >= j, x_XD[pl.ds(HALO + end - j, 1), :], 0) for j in reversed(range(W - 1))]
+        last_WD[...] = jnp.concatenate(kept).astype(last_WD.dtype)
 
 
 def _backward_kernel(
     activation,
-    first_B,
+    counts_B,
     back_1L,
     x_LD,
-    wb_XD,
+    w_WD,
+    bias_1D,
     state_WD,
     before_ZD,
     dy_LD,
     dlast_WD,
     dx_LD,
-    dwb_XD,
+    dw_WD,
+    dbias_1D,
     dstate_WD,
     x_XD,
     back_LD,
+    wb_XD,
     dx_XD,
     sums_X8D,
 ):
-    (L, D), W = x_LD.shape, wb_XD.shape[0] - 1
-    b, step, num_steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
-    is_first_block = step == num_steps - 1
+    (L, D), W = x_LD.shape, w_WD.shape[0]
+    step = pl.program_id(2)
+    block = pl.num_programs(2) - 1 - step
 
-    @pl.when(is_first_block)
+    @pl.when(block == 0)
     def _():
-        x_XD[:HALO, :] = state_WD[...]
+        x_XD[HALO - W + 1 : HALO, :] = state_WD[...].astype(jnp.float32)
 
-    @pl.when(jnp.logical_not(is_first_block))
+    @pl.when(block > 0)
     def _():
         x_XD[:HALO, :] = before_ZD[...].astype(jnp.float32)[-HALO:]
 
-    x_XD[HALO:, :] = x_LD[...].astype(jnp.float32)
-    back_LD[...] = _columns(back_1L[...])
+    _load(back_1L, x_LD, w_WD, bias_1D, x_XD, back_LD, wb_XD)
 
-    # What the block after this one found out about the last rows of this.
+    # What the block after this one found out about the last rows of this one.
     @pl.when(step == 0)
     def _():
         dx_XD[...] = jnp.zeros_like(dx_XD)
@@ -262,22 +256,36 @@ def _backward_kernel(
         return carry
 
     jax.lax.fori_loop(0, L // ROWS, rows, None)
+    end = counts_B[pl.program_id(0)] - 1 - block * L
 
-    # What the state after the row is made of; of the old state, if the row is short.
-    for i in range(W - 1):
-        row = first_B[b] + i - (num_steps - 1 - step) * L
-
-        @pl.when((row < L) & ((row >= 0) | is_first_block))
-        def _(row=row, i=i):
-            at = pl.ds(HALO + row, 1)
-            dx_XD[at, :] += dlast_WD[i : i + 1, :]
+    @pl.when((end >= 0) & (end < L))
+    def _():
+        back_1D, dlast = _reach(back_LD, end, D), dlast_WD[...].astype(jnp.float32)
+        for i, j in enumerate(reversed(range(W - 1))):
+            dx_XD[pl.ds(HALO + end - j, 1), :] += jnp.where(back_1D >= j, dlast[i : i + 1], 0)
 
     dx_LD[...] = dx_XD[HALO:, :].astype(dx_LD.dtype)
 
-    @pl.when(is_first_block)
+    @pl.when(block == 0)
     def _():
-        dstate_WD[...] = dx_XD[:HALO, :]
-        dwb_XD[...] = jnp.sum(sums_X8D[...], axis=1)
+        # Without any token, the new state is the old one.
+        passed_WD = jnp.where(counts_B[pl.program_id(0)] == 0, dlast_WD[...].astype(jnp.float32), 0)
+        dstate_WD[...] = (dx_XD[HALO - W + 1 : HALO, :] + passed_WD).astype(dstate_WD.dtype)
+        sums_XD = jnp.sum(sums_X8D[...], axis=1)
+        dw_WD[...], dbias_1D[...] = sums_XD[:W], sums_XD[W:]
+
+
+def _load(back_1L, x_LD, w_WD, bias_1D, x_XD, back_LD, wb_XD):
+    """Widens a block to float32; turns a row into a column, repeated on all lanes."""
+    W = w_WD.shape[0]
+    x_XD[HALO:, :] = x_LD[...].astype(jnp.float32)
+    wb_XD[:W, :], wb_XD[W:, :] = w_WD[...].astype(jnp.float32), bias_1D[...].astype(jnp.float32)
+    back_LD[...] = jnp.broadcast_to(back_1L[...].astype(jnp.float32), (LANES, back_1L.shape[1])).T
+
+
+def _reach(back_LD, row, D):
+    """Returns how far back a token may look, on all lanes."""
+    return jnp.concatenate([back_LD[pl.ds(row, 1), :]] * (D // LANES), axis=1)
 
 
 def _preactivation(x_XD, wb_XD, back, i, lanes):
@@ -294,11 +302,6 @@ def _preactivation(x_XD, wb_XD, back, i, lanes):
 
 def _tiles(D):
     return [slice(d, d + LANES) for d in range(0, D, LANES)]
-
-
-def _columns(row_1L):
-    """Turns a row into a column, repeated on all lanes."""
-    return jnp.broadcast_to(row_1L.astype(jnp.float32), (LANES, row_1L.shape[1])).T
 
 
 def _fold(a_LD):

@@ -60,7 +60,7 @@ def short_chunks(monkeypatch):
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize(
     ("T", "D", "H", "skip", "packed", "state"),
-    [(1, 3, 4, True, True, True), (3, 5, 4, True, False, False), (67, 6, 5, False, True, True)],
+    [(1, 3, 4, True, True, True), (3, 5, 20, True, False, False), (67, 6, 5, False, True, True)],
 )
 def test_tpu_agrees_with_the_definition(T, D, H, skip, packed, state):
     ids = jnp.asarray(recurrent.documents(T)) if packed else None
@@ -73,12 +73,12 @@ def test_tpu_agrees_with_the_definition(T, D, H, skip, packed, state):
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("max_tiles", [1, 2])
-def test_tpu_in_several_blocks(monkeypatch, max_tiles):
+@pytest.mark.parametrize("max_rows", [16, 32])
+def test_tpu_in_several_blocks(monkeypatch, max_rows):
     """Blocks of tokens, and blocks of channels or several tiles in one; operands in bfloat16; steps that forget all."""
-    monkeypatch.setattr(tpu, "MAX_TILES", max_tiles)
+    monkeypatch.setattr(tpu, "MAX_ROWS", max_rows)
     ids = jnp.asarray(recurrent.documents(200))[:1]
-    args = arguments(200, 150, 16, state=True, B=1)
+    args = arguments(200, 150, 16, skip=True, state=True, B=1)
     args |= {name: args[name].astype(jnp.bfloat16) for name in ("x", "B", "C")}
     args["dt"] = args["dt"].at[0, ::7].set(1e5)
     got, want = run_interpreted(args, ids), run("ref", args, ids)
@@ -88,8 +88,8 @@ def test_tpu_in_several_blocks(monkeypatch, max_tiles):
 @pytest.mark.usefixtures("short_chunks")
 def test_tpu_keeps_what_xla_keeps():
     """A forward on one platform may be followed by another's backward."""
-    args = arguments(67, 6, 5, state=True)
-    arrays = *(args[name] for name in ("x", "dt", "A", "B", "C", "state")), jnp.ones((2, 67), jnp.int32)
+    args = arguments(67, 6, 5, skip=True, state=True)
+    arrays = *(args[name] for name in ("x", "dt", "A", "B", "C", "D", "state")), jnp.ones((2, 67), jnp.int32)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         _, (*_, got_CBHD) = recurrent.jit(tpu.forward)(*arrays)
     _, (*_, want_CBHD) = recurrent.jit(xla.forward)(*arrays)
