@@ -126,7 +126,8 @@ def _partitioned(update: Any) -> Any:
         if mesh.empty:
             return update(grads, state, params)
         outs = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), (grads, state))
-        return jax.sharding.auto_axes(update, out_sharding=outs)(grads, state, params)
+        auto: Any = jax.sharding.auto_axes(update, out_sharding=outs)
+        return auto(grads, state, params)
 
     return run
 
