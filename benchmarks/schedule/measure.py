@@ -84,7 +84,8 @@ def measure(
 def match(calls: list[tuple[str, str]], kernels: list[Kernel]) -> list[tuple[str, Kernel]]:
     """Returns each call of a kernel in the program with the kernel as it was traced.
 
-    By name, and kernels of one name in order. Those without a name are told by their order alone.
+    By name, and kernels of one name in order. Those without a name are told by their order alone. JAX 0.11 names a
+    kernel that was differentiated `jvp(name)`.
 
     Raises:
       ValueError: a call has no kernel.
@@ -94,6 +95,7 @@ def match(calls: list[tuple[str, str]], kernels: list[Kernel]) -> list[tuple[str
         waiting.setdefault(kernel.name, []).append(kernel)
     pairs = []
     for call, name in calls:
+        name = re.sub(r"^(?:\w+\()+|\)+$", "", name)
         same = waiting.get(name, waiting.get("", []))
         if not same:
             raise ValueError(f"{call} ({name}) is none of the kernels {', '.join(waiting)}")

@@ -168,5 +168,6 @@ def test_match():
     nest = Kernel("nest", (4, 4), 1, 0, 0, False)
     assert kernel_calls(HLO) == [("nest.2", "nest")]
     assert match(kernel_calls(HLO), [nest]) == [("nest.2", nest)]
+    assert match([("jvp_nest_.2", "transpose(jvp(nest))")], [nest]) == [("jvp_nest_.2", nest)]
     with pytest.raises(ValueError, match=r"nest\.2"):
         match(kernel_calls(HLO), [Kernel("other", (4,), 1, 0, 0, False)])
