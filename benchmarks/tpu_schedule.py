@@ -168,7 +168,7 @@ def program_table(chip: str, runs: list[Run], results: dict[str, Any]) -> Table:
         "fwd, fwd+bwd: cycles of the whole program; glue: what of it is not kernels; floor: arguments and results once"
     )
     table = Table(title=f"{chip}, {sizes}, bfloat16", caption=caption)
-    table.add_column("cycles per")
+    table.add_column("cycles per", overflow="fold")
     for column in ("fwd", "glue", "floor", "fwd+bwd", "glue", "floor"):
         table.add_column(column, justify="right", no_wrap=True)
     for forward, both in zip(runs[::2], runs[1::2], strict=True):
@@ -182,7 +182,7 @@ def program_table(chip: str, runs: list[Run], results: dict[str, Any]) -> Table:
 
 def kernel_table(chip: str, runs: list[Run], results: dict[str, Any]) -> Table:
     table = Table(title=f"{chip}: kernels of forward + backward; MXU: occupancy; fills and spills of one step")
-    table.add_column("kernel")
+    table.add_column("kernel", overflow="fold")
     for column in ("steps", "cycles", "schedule", "HBM floor", "MXU", "fills", "spills"):
         table.add_column(column, justify="right")
     for run in runs:
@@ -190,7 +190,7 @@ def kernel_table(chip: str, runs: list[Run], results: dict[str, Any]) -> Table:
             one = kernel["of_one_call"]
             numbers = [f"{kernel[name]:,.2f}" for name in ("cycles", "schedule", "hbm_floor")]
             occupancy = [f"{one['mxu_occupancy']:.0%}", f"{one['fills_step']:,.0f}", f"{one['spills_step']:,.0f}"]
-            table.add_row(f"{run.case}, {run.by}: {kernel['name']}", f"{one['steps']:,}", *numbers, *occupancy)
+            table.add_row(f"{run.by}: {kernel['name']}", f"{one['steps']:,}", *numbers, *occupancy)
     return table
 
 
