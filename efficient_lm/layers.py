@@ -53,7 +53,7 @@ class GatedRMSNorm(nnx.Module):
 
 
 class ShortConv(nnx.Module):
-    """A causal depthwise convolution over tokens and its SiLU: `ShortConv("BTNH", width=4, N=8, H=64, rngs=rngs)`."""
+    """A causal depthwise convolution and its activation: `ShortConv("BTNH", width=4, N=8, H=64, rngs=rngs)`."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import ref, tpu, xla
 from pallas_kernels.attention.masks import Options
-from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 
 
 def attention(
@@ -73,14 +73,10 @@ def attention(
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
     options = Options(causal, window_size, sink_tokens, soft_cap, H**-0.5 if scale is None else scale)
     args = q, k, v, sinks, segment_ids, kv_segment_ids, start
-    reason = tpu.unsupported(options, q, v, is_self_attention)
-    if impl == "tpu" and reason is not None:
-        raise ValueError(f"impl 'tpu' does not support {reason}; use impl=None")
-    if impl is None and reason is not None:
-        impl = "xla"
-    if impl == "ref" or T == 0:
+    chosen = supported("attention", impl, tpu.unsupported(options, q, v, is_self_attention))
+    if chosen == "ref" or T == 0:
         return ref.attention(options, *args)
-    return _attention(impl, options, *args)
+    return _attention(chosen, options, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

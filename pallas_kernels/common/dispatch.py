@@ -15,6 +15,19 @@ def check_impl(op: str, impl: str | None, available: tuple[str, ...]) -> None:
         raise ValueError(f"{op} has no implementation {impl!r}; it has {', '.join(available)}")
 
 
+def supported(op: str, impl: str | None, unsupported: str | None) -> str | None:
+    """Returns the implementation to take, given why that for TPUs does not support the arguments (None: it does).
+
+    Raises:
+      ValueError: it is the one that was asked for.
+    """
+    if unsupported is None:
+        return impl
+    if impl == "tpu":
+        raise ValueError(f"{op}: impl 'tpu' does not support {unsupported}; use impl=None")
+    return impl or "xla"
+
+
 def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     """Calls the named implementation; None takes the best one on the platform being lowered for.
 

@@ -19,6 +19,16 @@ def fill_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jax.lax.cummax(segment_ids, axis=1), first_B1)
 
 
+def marks(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns what each token does to the state that comes to it: 0 passes it on, 1 goes on with it, 2 forgets it.
+
+    That is 0 for padding, 2 for the first token of each document but the row's first, 1 for all other tokens.
+    """
+    seen_BT = jnp.pad(jax.lax.cummax(segment_ids, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = (seen_BT > 0) & (segment_ids > seen_BT)
+    return jnp.where(segment_ids > 0, 1 + starts_BT, 0).astype(jnp.int32)
+
+
 def clear_padding(x: Array, segment_ids: Int[Array, "B T"]) -> Array:
     """Returns `x [B T ...]` with zeros at padding."""
     is_real_BT = segment_ids > 0

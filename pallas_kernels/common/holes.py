@@ -1,9 +1,15 @@
 """Rows with padding before a token, for implementations that can only have it at the end."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+
+def has_holes(ids_BT: jax.Array) -> jax.Array:
+    """Returns whether there is padding before a token in any row."""
+    return jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
 
 
 def hole_moves(ids_BT: jax.Array | None) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
@@ -13,10 +19,10 @@ def hole_moves(ids_BT: jax.Array | None) -> tuple[Callable[[jax.Array], jax.Arra
     """
     if ids_BT is None or ids_BT.shape[1] < 2:
         return lambda a: a, lambda a: a
-    has_holes = jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
+    cond = functools.partial(jax.lax.cond, has_holes(ids_BT))
     order_BT = lambda: jnp.argsort(ids_BT == 0, axis=1, stable=True)
-    close = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, order_BT()), lambda a: a, a)
-    reopen = lambda a: jax.lax.cond(has_holes, lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
+    close = lambda a: cond(lambda a: _take(a, order_BT()), lambda a: a, a)
+    reopen = lambda a: cond(lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
     return close, reopen
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
+from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
 from pallas_kernels.diagonal_scan import ref, tpu, xla
 
@@ -57,11 +58,7 @@ def diagonal_scan(
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.diagonal_scan(reverse, a, x, state, ids_BT)
 
-    unsupported = tpu.unsupported(a, x)
-    if impl == "tpu" and unsupported is not None:
-        raise ValueError(f"diagonal_scan: impl 'tpu' does not support {unsupported}; use impl=None")
-    if impl is None and unsupported is not None:
-        impl = "xla"
+    impl = supported("diagonal_scan", impl, tpu.unsupported(a, x))
     a = a.reshape(math.prod(width)) if a.ndim < x.ndim else a.reshape(B, T, math.prod(width))
     marks_BT = _marks(ids_BT, reverse)
     h_BTW, last_BW = _op(impl, reverse, a, x.reshape(B, T, -1), marks_BT, state.reshape(B, -1))
@@ -69,14 +66,12 @@ def diagonal_scan(
 
 
 def _marks(ids_BT, reverse):
-    """Returns what each token does to the state that comes to it: 0 passes it on, 1 goes on with it, 2 forgets it."""
-    if reverse:
-        last_B1 = jnp.max(ids_BT, axis=1, keepdims=True)
-        mirrored_BT = jnp.where(ids_BT > 0, last_B1 + 1 - ids_BT, 0)
-        return jnp.flip(_marks(jnp.flip(mirrored_BT, axis=1), False), axis=1)
-    seen_BT = jnp.pad(jax.lax.cummax(ids_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
-    starts_BT = (seen_BT > 0) & (ids_BT != seen_BT)
-    return jnp.where(ids_BT > 0, jnp.where(starts_BT, 2, 1), 0)
+    """Returns the marks of `documents.marks`, in the order of the walk."""
+    if not reverse:
+        return marks(ids_BT)
+    last_B1 = jnp.max(ids_BT, axis=1, keepdims=True)
+    mirrored_BT = jnp.where(ids_BT > 0, last_B1 + 1 - ids_BT, 0)
+    return jnp.flip(marks(jnp.flip(mirrored_BT, axis=1)), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -20,7 +20,7 @@ from pallas_kernels.diagonal_scan.xla import CHUNK
 type Parts = tuple[jax.Array, ...]  # Real, or real and imaginary.
 
 GROUP = 8  # Tokens in a register.
-LANES = 1024  # Channels in a block: eight registers that do not wait for one another.
+MAX_BLOCK_W = 1024  # Channels in a block: eight registers that do not wait for one another.
 
 
 def unsupported(a, x):
@@ -80,7 +80,7 @@ class _Blocks:
         B, T, W = x.shape
         self.C, self.is_complex = pl.cdiv(T, CHUNK), jnp.iscomplexobj(x)
         # As few blocks as there can be, of multiples of 128 channels that fill the last one, too.
-        self.W = min(W, 128 * pl.cdiv(W, 128 * pl.cdiv(W, LANES)))
+        self.W = min(W, 128 * pl.cdiv(W, 128 * pl.cdiv(W, MAX_BLOCK_W)))
         self.grid = B, pl.cdiv(W, self.W), self.C
         at = lambda c: self.C - 1 - c if reverse else c
         self.tokens = pl.BlockSpec((None, CHUNK, self.W), lambda b, w, c: (b, at(c), w))

@@ -19,7 +19,7 @@ IN_TURN = ("cpu",)  # platforms
 
 
 def forward(reverse, a, x, marks_BT, state_BW):
-    """Returns (h, state) and residuals. a is `[B T W]` or `[W]`, x `[B T W]`, marks are those of `op._marks`."""
+    """Returns (h, state) and residuals. a is `[B T W]` or `[W]`, x `[B T W]`, marks are those of `documents.marks`."""
 
     def in_turn(a, x_BCLW, marks_BCL, state_BW):
         def step(c, carry):

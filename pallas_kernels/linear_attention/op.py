@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.documents import clear_padding
 from pallas_kernels.common.shapes import check_heads, check_shapes
 from pallas_kernels.linear_attention import ref, tpu, xla
@@ -65,11 +65,7 @@ def linear_attention(
     g = jnp.broadcast_to(g, (B, T, N)) if g.ndim == 1 else g
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    reason = tpu.unsupported(q, k, v, g)
-    if impl == "tpu" and reason is not None:
-        raise ValueError(f"linear_attention: impl 'tpu' does not support {reason}; use impl=None")
-    if impl is None and reason is not None:
-        impl = "xla"
+    impl = supported("linear_attention", impl, tpu.unsupported(q, k, v, g))
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.linear_attention(q, k, v, g, bonus, state, ids, scale)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
 from pallas_kernels.selective_scan import ref, tpu, xla
 
@@ -67,15 +68,8 @@ def selective_scan(
         D = jnp.zeros(width, dtype) if D is None else D
         real_BT1 = ids[..., None] > 0
         B, C = jnp.where(real_BT1, B, 0), jnp.where(real_BT1, C, 0)
-        y, last = _op(impl, x, dt, A, B, C, D, state, _marks(ids))
+        y, last = _op(impl, x, dt, A, B, C, D, state, marks(ids))
     return y, last
-
-
-def _marks(ids_BT: jax.Array) -> jax.Array:
-    """Returns 0 for padding, 2 for the first token of each document but the row's first, 1 for all other tokens."""
-    seen_BT = jnp.pad(jax.lax.cummax(ids_BT, axis=1)[:, :-1], ((0, 0), (1, 0)))
-    starts_BT = (seen_BT > 0) & (ids_BT > seen_BT)
-    return jnp.where(ids_BT > 0, 1 + starts_BT, 0).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.holes import has_holes
 from pallas_kernels.common.tiles import LANES, tiles_per_block
 from pallas_kernels.short_conv import xla
 
@@ -28,7 +29,7 @@ def forward(activation, x, w, bias, state, segment_ids):
         return other(*args)
     if segment_ids is None:
         return kernel(*args), args
-    return jax.lax.cond(_has_holes(segment_ids), lambda *args: other(*args)[0], kernel, *args), args
+    return jax.lax.cond(has_holes(segment_ids), lambda *args: other(*args)[0], kernel, *args), args
 
 
 def backward(activation, residuals, cotangents):
@@ -39,15 +40,11 @@ def backward(activation, residuals, cotangents):
         return other(residuals, cotangents)
     if segment_ids is None:
         return kernel(residuals, cotangents)
-    return jax.lax.cond(_has_holes(segment_ids), other, kernel, residuals, cotangents)
+    return jax.lax.cond(has_holes(segment_ids), other, kernel, residuals, cotangents)
 
 
 def _is_empty(x, w):
     return x.shape[1] == 0 or w.shape[1] == 1
-
-
-def _has_holes(ids_BT):
-    return jnp.any((ids_BT[:, :-1] == 0) & (ids_BT[:, 1:] > 0))
 
 
 class _Blocks:

@@ -81,7 +81,7 @@ def test_agrees_with_the_definition(T, width, dtype, per_token, packed, state, r
     ],
 )
 def test_tpu_kernel_interpreted(T, width, dtype, per_token, packed, reverse, monkeypatch):
-    monkeypatch.setattr(tpu, "LANES", 128)  # the second block of 150 channels is cut
+    monkeypatch.setattr(tpu, "MAX_BLOCK_W", 128)  # the second block of 150 channels is cut
     ids = documents(T) if packed else None
     args = arguments(T, width, dtype=dtype, per_token=per_token)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
