@@ -31,8 +31,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, add, dot, fill, take
-from pallas_kernels.linear_attention.tpu_channel_blocks import CHUNK, REAL, STARTS, Blocks, flags, widen
+from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags, widen
 
+CHUNK = 128
 _LOG2_E = 1.4426950408889634
 # exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
 _CLOSED = -200.0
@@ -53,7 +54,7 @@ def unsupported(q, k, v, g):
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
     """Returns (o, state). segment_ids are the user's: 0 is padding, where v and g may be anything."""
-    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v, CHUNK)
     spec, state_BNHP = blocks.specs(), widen(state, 2, 3)
     o, last_BNHP = pl.pallas_call(
         functools.partial(_forward_kernel, rule, blocks),
@@ -64,7 +65,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         out_shape=[blocks.values.shape(v.dtype), _like(state_BNHP)],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=_PARAMS,
-    )(flags(segment_ids), *blocks.pack(q, k, v, g), state_BNHP)
+    )(flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), state_BNHP)
     return blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)
 
 
@@ -72,8 +73,8 @@ def backward(scale, before, inputs, cotangents):
     """Returns the gradients of q, k, v, g and state."""
     q, k, v, g, state, segment_ids = inputs
     do, dlast = cotangents
-    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v)
-    state_BNHP, flags_B1T, packed = widen(state, 2, 3), flags(segment_ids), blocks.pack(q, k, v, g)
+    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v, CHUNK)
+    state_BNHP, flags_B1T, packed = widen(state, 2, 3), flags(segment_ids, CHUNK), blocks.pack(q, k, v, g)
     scratch = [pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)]
     spec = blocks.specs()
     states = pl.pallas_call(

@@ -1,4 +1,4 @@
-"""How the TPU kernels for one decay per channel see their arguments: which heads, tokens and widths a step takes."""
+"""How TPU kernels of chunked recurrences see `BT.X` arrays: which heads, tokens and widths a grid step takes."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common.documents import fill_padding
 from pallas_kernels.common.heads import TILE, Heads
 
-CHUNK = 128
 # Flags of a token: it is not padding; it is the first of a document that is not the row's first.
 REAL, STARTS = 1, 2
 
@@ -34,18 +33,19 @@ class Blocks:
     then `parts` steps share a key head, and each gives its part of the gradients of q and k, in float32.
     """
 
-    def __init__(self, q: jax.Array, v: jax.Array):
+    def __init__(self, q: jax.Array, v: jax.Array, length: int):
         self.B, self.T, N, P = v.shape
+        self.length = length
         self.N, self.K, G = N, q.shape[2], N // q.shape[2]
         self.size = _heads_per_step(self.K, G)
         self.parts = max(1, G // self.size)
         self.H, self.P = _width(q.shape[3]), _width(P)
-        self.grid = self.B, N // self.size, pl.cdiv(self.T, CHUNK)
+        self.grid = self.B, N // self.size, pl.cdiv(self.T, length)
         keys = max(1, self.size // G)
-        self.keys = Heads((self.B, self.T, self.K, self.H), keys, CHUNK, self.parts)
-        self.dkeys = Heads((self.B, self.T, self.K * self.parts, self.H), keys, CHUNK)
-        self.values = Heads((self.B, self.T, N, self.P), self.size, CHUNK)
-        self.decays = Heads((self.B, self.T, N, self.H), self.size, CHUNK)
+        self.keys = Heads((self.B, self.T, self.K, self.H), keys, length, self.parts)
+        self.dkeys = Heads((self.B, self.T, self.K * self.parts, self.H), keys, length)
+        self.values = Heads((self.B, self.T, N, self.P), self.size, length)
+        self.decays = Heads((self.B, self.T, N, self.H), self.size, length)
         # Key heads of a step, each with its value heads; in pairs if there are any, for so are bfloat16 heads written.
         readers = self.size // keys
         heads = [(key, range(key * readers, (key + 1) * readers)) for key in range(keys)]
@@ -56,7 +56,7 @@ class Blocks:
         num_chunks = self.grid[2]
         chunk = lambda c: num_chunks - 1 - c if backwards else c
         return Specs(
-            flags=pl.BlockSpec((None, 1, CHUNK), lambda b, n, c: (b, 0, chunk(c))),
+            flags=pl.BlockSpec((None, 1, self.length), lambda b, n, c: (b, 0, chunk(c))),
             keys=self.keys.spec(chunk),
             dkeys=self.dkeys.spec(chunk),
             values=self.values.spec(chunk),
@@ -78,12 +78,12 @@ class Blocks:
         return d_BTKH[..., : like.shape[3]].astype(like.dtype)
 
 
-def flags(segment_ids: jax.Array) -> jax.Array:
-    """Returns REAL and STARTS of each token, int32 `B1T`, filled up with zeros to whole chunks."""
+def flags(segment_ids: jax.Array, length: int) -> jax.Array:
+    """Returns REAL and STARTS of each token, int32 `B1T`, filled up with zeros to whole chunks of `length`."""
     ids_BT = fill_padding(segment_ids)
     starts_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)))
     flags_BT = jnp.where(segment_ids > 0, REAL, 0) | jnp.where(starts_BT, STARTS, 0)
-    return jnp.pad(flags_BT, ((0, 0), (0, -ids_BT.shape[1] % CHUNK)))[:, None]
+    return jnp.pad(flags_BT, ((0, 0), (0, -ids_BT.shape[1] % length)))[:, None]
 
 
 def widen(x: jax.Array, *axes: int) -> jax.Array:
