@@ -120,25 +120,32 @@ def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
 
 
 def _weight_gradients(inputs_BTD, ids_BT, dz_BTD):
-    """Returns the gradients of w and bias.
+    """Returns the gradients of w and bias: sums over tokens. A few at a time are five times faster on a CPU."""
+    sums_D = jax.lax.platform_dependent(inputs_BTD, ids_BT, dz_BTD, cpu=_sums_in_turn, default=_sums)
+    return jnp.stack(sums_D[:-1], axis=1), sums_D[-1]
 
-    Adds up products of T / 32 tokens at a time, then these tokens: the CPU backend sums whole columns ten times slower.
-    """
+
+def _sums(inputs_BTD, ids_BT, dz_BTD):
+    """Returns the sums of each tap times dz, and of dz."""
+    taps_BTD = _taps(inputs_BTD, ids_BT, dz_BTD.shape[1])
+    return [jnp.sum(a_BTD, axis=(0, 1)) for a_BTD in (*[tap_BTD * dz_BTD for tap_BTD in taps_BTD], dz_BTD)]
+
+
+def _sums_in_turn(inputs_BTD, ids_BT, dz_BTD):
+    """The same, eight tokens at a time."""
     B, T, D = dz_BTD.shape
-    L = max(1, -(-T // 32))
+    W, L = inputs_BTD.shape[1] - T + 1, 8
     C = max(1, -(-T // L))
-    W = inputs_BTD.shape[1] - T + 1
     rest = C * L - T
     inputs_BTD, dz_BTD = (jnp.pad(a, ((0, 0), (0, rest), (0, 0))) for a in (inputs_BTD, dz_BTD))
     ids_BT = None if ids_BT is None else jnp.pad(ids_BT, ((0, 0), (0, rest)))
 
-    def step(sums_WBLD, c):
+    def step(c, sums_BD):
         piece = lambda a, size: jax.lax.dynamic_slice_in_dim(a, c * L, size, axis=1)
-        ids_BL = None if ids_BT is None else piece(ids_BT, L + W - 1)
-        dz_BLD = piece(dz_BTD, L)
-        taps = _taps(piece(inputs_BTD, L + W - 1), ids_BL, L)
-        return sums_WBLD + jnp.stack([tap_BLD * dz_BLD for tap_BLD in taps] + [dz_BLD]), None
+        dz_BLD, ids_BL = piece(dz_BTD, L), None if ids_BT is None else piece(ids_BT, L + W - 1)
+        taps_BLD = _taps(piece(inputs_BTD, L + W - 1), ids_BL, L)
+        terms_BLD = *[tap_BLD * dz_BLD for tap_BLD in taps_BLD], dz_BLD
+        return [sum((a_BLD[:, l] for l in range(L)), sum_BD) for sum_BD, a_BLD in zip(sums_BD, terms_BLD, strict=True)]
 
-    sums_WBLD, _ = jax.lax.scan(step, jnp.zeros((W + 1, B, L, D), dz_BTD.dtype), jnp.arange(C))
-    sums_WD = jnp.sum(sums_WBLD, axis=(1, 2))
-    return sums_WD[:W].T, sums_WD[W]
+    sums_BD = jax.lax.fori_loop(0, C, step, [jnp.zeros((B, D), dz_BTD.dtype)] * (W + 1))
+    return [jnp.sum(sum_BD, axis=0) for sum_BD in sums_BD]
