@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.dispatch import check_impl, dispatch
 from pallas_kernels.common.documents import fill_padding
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.delta_rule import ref, xla
+from pallas_kernels.delta_rule import ref, step, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
 FORWARD = {"xla": xla.forward}
@@ -61,8 +61,10 @@ def delta_rule(
     g = jnp.zeros((B, T, N), dtype) if g is None else g.astype(dtype)
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+    if impl == "ref" or T == 0:
         return ref.delta_rule(q, k, v, beta, g, state, ids, scale)
+    if T == 1:
+        return step.delta_rule(q, k, v, beta, g, state, ids, scale)
 
     if segment_ids is None:
         return _op(impl, scale, q, k, v, beta, g, state, ids)

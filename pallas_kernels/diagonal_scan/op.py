@@ -10,7 +10,7 @@ from jaxtyping import Array, Inexact, Int
 from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
-from pallas_kernels.diagonal_scan import ref, tpu, xla
+from pallas_kernels.diagonal_scan import ref, step, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
@@ -55,8 +55,10 @@ def diagonal_scan(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((B, *width), dtype) if state is None else state.astype(dtype)
     ids_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+    if impl == "ref" or T == 0:
         return ref.diagonal_scan(reverse, a, x, state, ids_BT)
+    if T == 1:
+        return step.diagonal_scan(a, x, state, ids_BT)
 
     impl = supported("diagonal_scan", impl, tpu.unsupported(a, x))
     a = a.reshape(math.prod(width)) if a.ndim < x.ndim else a.reshape(B, T, math.prod(width))

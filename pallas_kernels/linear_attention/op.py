@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.documents import clear_padding
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.linear_attention import ref, tpu, xla
+from pallas_kernels.linear_attention import ref, step, tpu, xla
 
 # The residuals are the inputs: one platform's forward may be followed by another's backward.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
@@ -66,8 +66,10 @@ def linear_attention(
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     impl = supported("linear_attention", impl, tpu.unsupported(q, k, v, g))
-    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+    if impl == "ref" or T == 0:
         return ref.linear_attention(q, k, v, g, bonus, state, ids, scale)
+    if T == 1:
+        return step.linear_attention(q, k, v, g, bonus, state, ids, scale)
 
     o_BTNP, state_BNHP = _op(impl, scale, bonus is not None, q, k, v, g, state, ids)
     if bonus is not None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.dispatch import check_impl, dispatch
 from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
-from pallas_kernels.selective_scan import ref, tpu, xla
+from pallas_kernels.selective_scan import ref, step, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
@@ -60,8 +60,9 @@ def selective_scan(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros(states, dtype) if state is None else state.astype(dtype)
     ids = jnp.ones(tokens, jnp.int32) if segment_ids is None else segment_ids
-    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
-        y, last = ref.selective_scan(x, dt, A, B, C, state, ids)
+    if impl == "ref" or T <= 1:
+        one_by_one = ref if impl == "ref" or T == 0 else step
+        y, last = one_by_one.selective_scan(x, dt, A, B, C, state, ids)
         if D is not None:
             y += (D.astype(dtype) * jnp.where(ids[..., None] > 0, x, 0)).astype(y.dtype)
     else:

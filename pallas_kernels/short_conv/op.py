@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.short_conv import ref, tpu, xla
+from pallas_kernels.short_conv import ref, step, tpu, xla
 
 MAX_WIDTH = 8
 
@@ -54,6 +54,8 @@ def short_conv(
         impl = "xla"  # Not worth a block of a kernel.
     if impl == "ref":
         return ref.short_conv(x, w, bias, state, segment_ids, activation)
+    if x.shape[1] == 1:
+        return step.short_conv(x, w, bias, state, segment_ids, activation)
     return _short_conv(impl, activation, x, w, bias, state, segment_ids)
 
 
