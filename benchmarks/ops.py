@@ -142,3 +142,11 @@ CASES = {
         tpu_kernel=False,
     ),
 }
+
+# One token for each of eight sequences: a path of its own in every recurrent op, without kernels.
+DECODING = {
+    f"{name}_decode": dataclasses.replace(case, tpu_kernel=False, sizes={**case.sizes, "B": 8, "T": 1})
+    for name, case in CASES.items()
+    if "state" in case.args
+}
+CASES |= DECODING
