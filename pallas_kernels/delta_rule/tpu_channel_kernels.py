@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import triangular
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
@@ -39,62 +40,37 @@ def _columns(flags_1L, rows_8L):
     return jnp.where(flags_1L[...] & REAL > 0, rows_8L[...], 0).T
 
 
-def _split(x):
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _three(x, y):
-    d = lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)
-    (xh, xl), (yh, yl) = _split(x), _split(y)
-    a, b = _cut(d(_stack(xh, xl), yh))
-    return a + b + d(xh, yl)
-
-
-def _inverse(pairs, A_LL, exact):
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    X = jnp.where(i == j, 1.0, 0.0) - jnp.where((i ^ j) == 1, A_LL, 0)
-    mul = (lambda x, y: dot(x, y, "nn", True)) if exact else _three
-    m = 2
-    while m < CHUNK:
-        S = jnp.where((i ^ j) & -m == m, A_LL, 0)
-        rows = take(X, m, SECOND)
-        X = add(X, -mul(mul(rows, S), X), m, SECOND)
-        m *= 2
-    return X
-
-
 def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *rest):
     states_NPH, inverses_NLL, S_NPH = rest
     start(S_NPH, S_NHP)
     tokens, pairs, strict, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), Pairs(CHUNK, True), rule.product
     beta_L8 = _columns(flags_1L, beta_8L)
 
-    def head(q_LH, k_LH, n):
-        v_LP, beta_L1 = tokens.clear(blocks.values.read(v_ref, n)), beta_L8[:, n : n + 1]
-        decays, S_PH = tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
-        bk_LH = beta_L1 * k_LH
-        # 1. What tokens read of each other, and what those that write do.
-        qk, bkk = {}, {}
+    def scores(q_LH, k_LH, n):
+        """What tokens read of each other, and what those that write do."""
+        decays, bk_LH, qk, bkk = tokens.decays(blocks.decays.read(g_ref, n)), beta_L8[:, n : n + 1] * k_LH, {}, {}
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
             readers = _stack(take(q_LH, m, SECOND) * to, take(bk_LH, m, SECOND) * to)
             qk[m], bkk[m] = _cut(product(readers, fill(take(k_LH, m, FIRST) * of, m, FIRST), "nt"))
         scores_LL = pairs.gather(qk, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
-        inverse_LL = _inverse(pairs, strict.gather(bkk, None, SECOND), rule.exact)
-        # 2. What the state holds for them, and what they write in truth.
-        read_LP, held_LP = _cut(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
-        u_LP = product(inverse_LL, beta_L1 * (v_LP - held_LP), "nn")
+        return decays, scores_LL, strict.gather(bkk, None, SECOND)
+
+    def head(q_LH, k_LH, n, decays, scores_LL, inverse_LL):
+        v_LP, beta_L1, S_PH = tokens.clear(blocks.values.read(v_ref, n)), beta_L8[:, n : n + 1], S_NPH[n]
         states_NPH[n] = S_PH.astype(states_NPH.dtype)
         inverses_NLL[n] = inverse_LL.astype(inverses_NLL.dtype)
+        read_LP, held_LP = _cut(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
+        u_LP = product(inverse_LL, beta_L1 * (v_LP - held_LP), "nn")
         S_NPH[n] = decays.keep_1H * S_PH + product(u_LP, k_LH * decays.writes, "tn")
         return tokens.clear(read_LP + product(scores_LL, u_LP, "nn"))
 
     for unit in blocks.units:
-        o = []
-        for key, heads in unit:
-            q_LH, k_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
-            o += [head(rule.scale * q_LH, k_LH, n) for n in heads]
+        qk_N = {n: [tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref)] for key, heads in unit for n in heads}
+        qk_N = {n: (rule.scale * q_LH, k_LH) for n, (q_LH, k_LH) in qk_N.items()}
+        decays_N, scores_N, strict_N = zip(*[scores(*qk, n) for n, qk in qk_N.items()], strict=True)
+        found = zip(decays_N, scores_N, triangular.inverses(list(strict_N), rule.exact), strict=True)
+        o = [head(*qk, n, *rest) for (n, qk), rest in zip(qk_N.items(), found, strict=True)]
         blocks.values.write(o_ref, unit[0][1][0], o)
     finish(S_NPH, last_NHP)
 
