@@ -44,34 +44,37 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
     states_NPH, inverses_NLL, S_NPH = rest
     start(S_NPH, S_NHP)
     tokens, pairs, strict, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), Pairs(CHUNK, True), rule.product
-    beta_L8 = _columns(flags_1L, beta_8L)
-
-    def scores(q_LH, k_LH, n):
-        """What tokens read of each other, and what those that write do."""
-        decays, bk_LH, qk, bkk = tokens.decays(blocks.decays.read(g_ref, n)), beta_L8[:, n : n + 1] * k_LH, {}, {}
-        for m, d_LH in decays.levels.items():
-            to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
-            readers = _stack(take(q_LH, m, SECOND) * to, take(bk_LH, m, SECOND) * to)
-            qk[m], bkk[m] = _cut(product(readers, fill(take(k_LH, m, FIRST) * of, m, FIRST), "nt"))
-        scores_LL = pairs.gather(qk, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
-        return decays, scores_LL, strict.gather(bkk, None, SECOND)
-
-    def head(q_LH, k_LH, n, decays, scores_LL, inverse_LL):
-        v_LP, beta_L1, S_PH = tokens.clear(blocks.values.read(v_ref, n)), beta_L8[:, n : n + 1], S_NPH[n]
-        states_NPH[n] = S_PH.astype(states_NPH.dtype)
+    beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
+    # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
+    # take no longer for many than for one.
+    for key, heads in (pair for unit in blocks.units for pair in unit):
+        q_LH, k_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
+        q_LH = rule.scale * q_LH
+        for n in heads:
+            decays, beta_L1, S_PH = tokens.decays(blocks.decays.read(g_ref, n)), beta_L8[:, n : n + 1], S_NPH[n]
+            states_NPH[n] = S_PH.astype(states_NPH.dtype)
+            # What tokens read of each other, and what those that write do.
+            qk, bkk, bk_LH = {}, {}, beta_L1 * k_LH
+            for m, d_LH in decays.levels.items():
+                to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
+                readers = _stack(take(q_LH, m, SECOND) * to, take(bk_LH, m, SECOND) * to)
+                qk[m], bkk[m] = _cut(product(readers, fill(take(k_LH, m, FIRST) * of, m, FIRST), "nt"))
+            systems.append(strict.gather(bkk, None, SECOND))
+            scores_LL = pairs.gather(qk, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
+            # What the state holds for them.
+            read_LP, held_LP = _cut(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
+            x_LP = beta_L1 * (tokens.clear(blocks.values.read(v_ref, n)) - held_LP)
+            waiting.append((n, x_LP, scores_LL, read_LP, k_LH * decays.writes, decays.keep_1H))
+    # 2. What tokens write in truth; with it all else.
+    o = []
+    for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(
+        triangular.inverses(systems, rule.exact), waiting, strict=True
+    ):
         inverses_NLL[n] = inverse_LL.astype(inverses_NLL.dtype)
-        read_LP, held_LP = _cut(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
-        u_LP = product(inverse_LL, beta_L1 * (v_LP - held_LP), "nn")
-        S_NPH[n] = decays.keep_1H * S_PH + product(u_LP, k_LH * decays.writes, "tn")
-        return tokens.clear(read_LP + product(scores_LL, u_LP, "nn"))
-
-    for unit in blocks.units:
-        qk_N = {n: [tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref)] for key, heads in unit for n in heads}
-        qk_N = {n: (rule.scale * q_LH, k_LH) for n, (q_LH, k_LH) in qk_N.items()}
-        decays_N, scores_N, strict_N = zip(*[scores(*qk, n) for n, qk in qk_N.items()], strict=True)
-        found = zip(decays_N, scores_N, triangular.inverses(list(strict_N), rule.exact), strict=True)
-        o = [head(*qk, n, *rest) for (n, qk), rest in zip(qk_N.items(), found, strict=True)]
-        blocks.values.write(o_ref, unit[0][1][0], o)
+        u_LP = product(inverse_LL, x_LP, "nn")
+        o.append(tokens.clear(read_LP + product(scores_LL, u_LP, "nn")))
+        S_NPH[n] = keep_1H * S_NPH[n] + product(u_LP, put_LH, "tn")
+    blocks.values.write(o_ref, 0, o)
     finish(S_NPH, last_NHP)
 
 
