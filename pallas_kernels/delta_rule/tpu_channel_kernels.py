@@ -40,8 +40,8 @@ def _columns(flags_1L, rows_8L):
     return jnp.where(flags_1L[...] & REAL > 0, rows_8L[...], 0).T
 
 
-def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *rest):
-    states_NPH, inverses_NLL, S_NPH = rest
+def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *kept):
+    *kept, S_NPH = kept
     start(S_NPH, S_NHP)
     tokens, pairs, strict, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), Pairs(CHUNK, True), rule.product
     beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
@@ -52,7 +52,8 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
         q_LH = rule.scale * q_LH
         for n in heads:
             w_LH, decays, S_PH = beta_L8[:, n : n + 1] * k_LH, tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
-            states_NPH[n] = S_PH.astype(states_NPH.dtype)
+            if kept:
+                kept[0][n] = S_PH.astype(kept[0].dtype)
             qw, kw = {}, {}
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
@@ -66,7 +67,8 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
     # 2. What differs in truth; with it all else.
     o, inverses = [], triangular.inverses(systems, rule.exact)
     for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(inverses, waiting, strict=True):
-        inverses_NLL[n] = inverse_LL.astype(inverses_NLL.dtype)
+        if kept:
+            kept[1][n] = inverse_LL.astype(kept[1].dtype)
         u_LP = product(inverse_LL, x_LP, "nn")
         o.append(tokens.clear(read_LP + product(scores_LL, u_LP, "nn")))
         S_NPH[n] = keep_1H * S_NPH[n] + product(u_LP, put_LH, "tn")
