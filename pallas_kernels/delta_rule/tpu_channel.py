@@ -15,11 +15,6 @@ from pallas_kernels.delta_rule import tpu_channel_kernels as kernels
 from pallas_kernels.delta_rule.tpu_channel_kernels import Rule
 
 
-def unsupported(q, k, v, g):
-    """Returns why these arguments need another implementation, or None."""
-    return walk.unsupported(q, k, v, g)
-
-
 def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     """Returns (o, state) and, if they are to be kept, the states `BCNPH` before each chunk and the inverses `BCNLL`.
 
