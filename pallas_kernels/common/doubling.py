@@ -105,13 +105,13 @@ class Decays:
 class Pairs:
     """Which level the tokens of a pair meet at; the same for all heads."""
 
-    def __init__(self, length: int, before: bool):
+    def __init__(self, length: int):
         i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-        self._before, self.apart_LL, self._later_LL = before, i ^ j, i <= j
+        self.apart_LL, self._later_LL = i ^ j, i <= j
         self._lower_LL = {SECOND: jnp.where(i > j, i ^ j, 0), FIRST: jnp.where(i < j, i ^ j, 0)}
 
-    def gather(self, found: dict[int, jax.Array], own_L1: jax.Array, rows: int) -> jax.Array:
-        """Returns the scores `LL` from the products of all levels and the scores of tokens with themselves.
+    def gather(self, found: dict[int, jax.Array], own_L1: jax.Array | None, rows: int) -> jax.Array:
+        """Returns the scores `LL` from the products of all levels and those of tokens with themselves, 0 if not given.
 
         rows: SECOND if rows are readers, FIRST if columns are.
         """
@@ -124,7 +124,7 @@ class Pairs:
                 halves[rows] = jnp.where(take(self.apart_LL, m, rows) < m, halves[rows], scores)
                 scores_LL = _join(halves, m)
         scores_LL = jnp.where(self._lower_LL[rows] > 0, scores_LL, 0)
-        return scores_LL if self._before else jnp.where(self.apart_LL == 0, own_L1, scores_LL)
+        return scores_LL if own_L1 is None else jnp.where(self.apart_LL == 0, own_L1, scores_LL)
 
     def pick(self, scores_LL: jax.Array, m: int, rows: int) -> jax.Array:
         """Returns what of the scores belongs to level m, in the rows that `take` takes."""

@@ -43,7 +43,7 @@ def _columns(flags_1L, rows_8L):
 def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *kept):
     *kept, S_NPH = kept
     start(S_NPH, S_NHP)
-    tokens, pairs, strict, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), Pairs(CHUNK, True), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
     # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
     # take no longer for many than for one.
@@ -59,7 +59,7 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = _stack(take(q_LH, m, SECOND) * to, take(k_LH, m, SECOND) * to)
                 qw[m], kw[m] = _halves(product(readers, fill(take(w_LH, m, FIRST) * of, m, FIRST), "nt"))
-            systems.append(strict.gather(kw, None, SECOND))
+            systems.append(pairs.gather(kw, None, SECOND))
             scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
             read_LP, held_LP = _halves(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
@@ -80,7 +80,7 @@ def backward(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, do_ref, states_NPH, inverses_NLL, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbeta_8L, dS_NHP = outputs
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8 = _columns(flags_1L, beta_8L)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 
