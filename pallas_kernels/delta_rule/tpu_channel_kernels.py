@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, join, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
@@ -113,13 +114,17 @@ def backward(rule, blocks, *refs):
         dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, _stack(reads_q_LH, reads_k_LH), "tn")
         # 4. Within the chunk.
         dqw_LL, dkw_LL = _halves(product(dreads, u_LP, "nt"))
-        dqwT_LL, dkwT_LL = jnp.split(product(u_LP, dreads, "nt"), 2, axis=1)
+        dqwT_LL, dkwT_LL = dqw_LL.T, dkw_LL.T
         dq_near, dk_near, dw_near, dw_far = (jnp.zeros_like(k_LH) for _ in range(4))
         for m, (to, of, q, k, w) in levels.items():
             of_scores = _stack(pairs.pick(dqw_LL, m, SECOND), pairs.pick(dkw_LL, m, SECOND))
             dq, dk = (to * d for d in _halves(product(of_scores, w, "nn")))
-            of_scores = _beside(pairs.pick(dqwT_LL, m, FIRST), pairs.pick(dkwT_LL, m, FIRST))
-            dw = of * product(of_scores, _stack(q, k), "nn")
+            of_q, of_k = (pairs.pick(x_LL, m, FIRST) for x_LL in (dqwT_LL, dkwT_LL))
+            if m < 8:
+                dw = of * product(_beside(of_q, of_k), _stack(q, k), "nn")
+            else:  # readers are in second blocks: those of k move to the first ones, and one product takes both
+                of_scores = of_q + pltpu.roll(of_k, CHUNK - m, 1)
+                dw = of * product(of_scores, join([take(k, m, SECOND), take(q, m, SECOND)], m), "nn")
             if m < 8:
                 dq_near, dk_near = add(dq_near, dq, m, SECOND), add(dk_near, dk, m, SECOND)
                 dw_near = add(dw_near, dw, m, FIRST)
