@@ -39,10 +39,9 @@ class Rule:
 
 def _correct(system_LL: jax.Array, inverse_LL: jax.Array) -> jax.Array:
     """Returns the inverse without most of its error, by a step of Newton's method."""
-    product = functools.partial(dot, exact=True)
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    done_LL = accurate(functools.partial(product, sides="nt"), system_LL, inverse_LL.T)
-    return inverse_LL + product(inverse_LL, jnp.where(row == lane, 1.0, 0.0) - inverse_LL - done_LL, "nn")
+    rest_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - dot(system_LL, inverse_LL, "nn", exact=True)
+    return inverse_LL + dot(inverse_LL, rest_LL, "nn", exact=True)
 
 
 def _stack(*arrays: jax.Array) -> jax.Array:
