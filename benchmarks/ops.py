@@ -97,7 +97,7 @@ CASES = {
         kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "delta_rule_channel": Case(
-        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=False
+        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "diagonal_scan": Case(
         kernels.diagonal_scan,
