@@ -25,6 +25,7 @@ from efficient_lm.mixers import (
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
+    RWKV7Config,
     S4DConfig,
 )
 from efficient_lm.sharding import shard
@@ -41,6 +42,7 @@ TINY = [
     MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
     RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
     RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
+    RWKV7Config(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, rate_rank=6, gate_rank=10),
     HGRNConfig(width=48, lower_bound=0.25),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
     RGLRUConfig(width=48, num_heads=4),
