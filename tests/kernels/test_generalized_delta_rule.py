@@ -121,25 +121,26 @@ def test_contains_rwkv7():
 
 @pytest.mark.parametrize("gate", [0.0, -30.0])
 def test_long_and_strong(gate):
-    """4096 tokens of nearly parallel keys, corrected 1.9 times, decays of nothing or to nothing: what is lost against
-    float64 is at most three times what the definition in float32 loses."""
-    args = arguments(4096, 1, 1, 8, 6, "channel", state=True)
-    args = {name: x[:1] for name, x in args.items()}
-    args["b"] = -1.9 * args["a"]
+    """4096 nearly parallel keys, each corrected 1.9 times; decays of almost 1 beside none, or beside closed gates.
+
+    Against float64 it is as accurate as on short rows, in values and gradients, and no worse at the end of the row than
+    at its start.
+    """
+    args = {name: x[:1] for name, x in arguments(4096, 1, 1, 8, 6, "channel", state=True).items()}
     args["g"] = jnp.where(jnp.arange(8) % 2 == 0, gate, 1e-3 * args["g"])
-    got, float32 = (
-        recurrent.run(functools.partial(generalized_delta_rule, impl=impl), args) for impl in ("xla", "ref")
-    )
+    args["a"], args["b"] = jnp.exp(args["g"]) * args["a"], -1.9 * args["a"]
+    args = jax.tree.map(np.asarray, args)
 
     def in_float64(**args):
         wide = {name: x.astype(jnp.float64) for name, x in args.items()}
         return tuple(x.astype(jnp.float32) for x in generalized_delta_rule(**wide, impl="ref"))
 
+    got = recurrent.run(functools.partial(generalized_delta_rule, impl="xla"), args)
     with jax.enable_x64(True):
         want = recurrent.run(in_float64, args)
-    for name, x in want.items():
-        error, allowed = recurrent.error(got[name], x), recurrent.error(float32[name], x)
-        assert error <= 3 * allowed, f"{name}: {error:.1e} against float64, the definition in float32 {allowed:.1e}"
+    recurrent.check(got, want)
+    first, last = (recurrent.error(got["o"][0, part], want["o"][0, part]) for part in np.split(np.arange(4096), 8)[::7])
+    assert last < 2 * first
 
 
 def test_packed_equals_separate():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from pair import PairConfig
 
 from efficient_lm import mixers
 from efficient_lm.mixers import (
@@ -50,6 +51,10 @@ TINY = [
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
 ]
 
+RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
+# A mixer that needs what an earlier layer left, with that layer.
+PAIR = PairConfig(first=RWKV7, second=dataclasses.replace(RWKV7, value_rank=2))
+
 
 def test_every_mixer_is_covered():
     exported = {c for c in vars(mixers).values() if isinstance(c, type) and issubclass(c, MixerConfig)}
@@ -57,7 +62,7 @@ def test_every_mixer_is_covered():
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", TINY, ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+@pytest.mark.parametrize("cfg", [*TINY, PAIR], ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
 def test_promise(cfg, promise):
     promise(cfg)
 

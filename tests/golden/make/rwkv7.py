@@ -1,4 +1,4 @@
-"""Golden layers: flash-linear-attention's RWKV-7 around its naive recurrence, the rest by Triton's interpreter, float32.
+"""Golden layers: flash-linear-attention's RWKV-7 around its naive recurrence, the rest by Triton's interpreter.
 
 Two layers, so that the second mixes in the first one's values, read their input in two pieces, with a cache.
 """
