@@ -103,7 +103,7 @@ CASES = {
         kernels.generalized_delta_rule,
         {**_HEADS, "a": "bf16[BTKH]", "b": "bf16[BTKH]", "g": "f32[BTNH]", **_STATE},
         _HEADS_OUT,
-        tpu_kernel=False,
+        tpu_kernel=True,
     ),
     "diagonal_scan": Case(
         kernels.diagonal_scan,

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.common.documents import clear_padding, fill_padding
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.generalized_delta_rule import ref, xla
+from pallas_kernels.generalized_delta_rule import ref, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
 
 
 def generalized_delta_rule(
@@ -44,7 +43,7 @@ def generalized_delta_rule(
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
       scale: `H**-0.5` if not given.
-      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
+      impl: "ref", "xla", "tpu", or None for the best one on the platform that the program is lowered for.
     """
     name = "generalized_delta_rule"
     check_impl(name, impl, ("ref", *FORWARD))
@@ -69,21 +68,17 @@ def generalized_delta_rule(
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.generalized_delta_rule(q, k, v, a, b, g, state, ids, scale)
-
-    if segment_ids is None:
-        return _op(impl, scale, q, k, v, a, b, g, state, ids)
-    v, b, g = (clear_padding(x, ids) for x in (v, b, g))
-    o_BTNP, state_BNHP = _op(impl, scale, q, k, v, a, b, g, state, fill_padding(ids))
-    return clear_padding(o_BTNP, ids), state_BNHP
+    impl = supported(name, impl, tpu.unsupported(q, k, v, a, b, g))
+    return _op(impl, scale, q, k, v, a, b, g, state, ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _op(impl, scale, *args):
-    return _forward(impl, scale, *args)[0]
+    return _forward(False, impl, scale, *args)[0]
 
 
-def _forward(impl, scale, *args):
-    return dispatch(impl, {name: functools.partial(fn, scale) for name, fn in FORWARD.items()}, *args)
+def _forward(keep, impl, scale, *args):
+    return dispatch(impl, {name: functools.partial(fn, keep, scale) for name, fn in FORWARD.items()}, *args)
 
 
 def _backward(impl, scale, residuals, cotangents):
@@ -91,4 +86,4 @@ def _backward(impl, scale, residuals, cotangents):
     return *dispatch(impl, backward, residuals, cotangents), None
 
 
-_op.defvjp(_forward, _backward)
+_op.defvjp(functools.partial(_forward, True), _backward)

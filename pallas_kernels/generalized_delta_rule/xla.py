@@ -17,7 +17,8 @@ and dS' being the gradients of S and S':
     dV = QK^T dO + AK^T dX + writes (K dS')
     dAK = dX V^T, dQB = dO U^T, dQK = dO V^T
 
-Residuals are the inputs, the state before each chunk of `CHUNK` tokens, `states_CBKGHP`, and the inverses M_CBKGLL.
+Residuals of all implementations are the inputs, the state before each chunk of `CHUNK` tokens, `states_BCNPH`, and the
+inverses M, `inverse_BCNLL`, rounded to bfloat16 if all of q, k, v, a and b are.
 """
 
 import jax
@@ -25,14 +26,20 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import blocks, chunks
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
+from pallas_kernels.common.documents import clear_padding, fill_padding
 
-CHUNK = 64
+CHUNK = 128
+
+
+def residual_dtype(*operands: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(*operands), jnp.bfloat16)
 
 
 class _Chunks:
     """The arguments in chunks, the decays that q and a see, and what follows from them alone."""
 
     def __init__(self, scale, q, k, v, a, b, g, segment_ids):
+        q, k, v, a, b, g = (clear_padding(x, segment_ids) for x in (q, k, v, a, b, g))
         K, L = k.shape[2], chunks.length(v.shape[1], CHUNK)
         dtype = jnp.promote_types(v.dtype, jnp.float32)
         q_CBKLH, self.k_CBKLH, self.a_CBKLH, self.b_CBKLH = (
@@ -41,7 +48,7 @@ class _Chunks:
         self.q_CBKLH = q_CBKLH * scale
         self.v_CBKGLP = chunks.split(v, K, L, dtype)
         g_CBKGLX = chunks.split(g[..., None] if g.ndim == 3 else g, K, L, dtype)
-        segments, kind = chunks.Segments(segment_ids, L), HeadDecay if g.ndim == 3 else ChannelDecay
+        segments, kind = chunks.Segments(fill_padding(segment_ids), L), HeadDecay if g.ndim == 3 else ChannelDecay
         self.for_q, self.for_a = kind(g_CBKGLX, segments), kind(g_CBKGLX, segments, before=True)
         self.put_b_CBKGLH = self.for_q.writes_CBKGLX * self.b_CBKLH[:, :, :, None]
         self.put_k_CBKGLH = self.for_q.writes_CBKGLX * self.k_CBKLH[:, :, :, None]
@@ -59,12 +66,8 @@ class _Chunks:
         return jnp.matmul(inverse_CBKGLL, self.for_a.reads_CBKGLX * self.a_CBKLH[:, :, :, None])
 
 
-def forward(scale, q, k, v, a, b, g, state, segment_ids):
-    """Returns (o, state) and residuals.
-
-    g is BTN or BTNH; segment_ids never decrease along a row and padding, having b = 0, v = 0 and g = 0, is part of a
-    document.
-    """
+def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
+    """Returns (o, state) and, if `keep`, residuals. g is BTN or BTNH; at padding, id 0, arguments may be anything."""
     x = _Chunks(scale, q, k, v, a, b, g, segment_ids)
     # 1. What each token reads, save for what depends on the state before its chunk.
     qb_CBKGLS, qk_CBKGLS, ab_CBKGLS, ak_CBKGLS = (s_CBKRGLS[:, :, :, 0] for s_CBKRGLS in x.scores())
@@ -88,16 +91,33 @@ def forward(scale, q, k, v, a, b, g, state, segment_ids):
     # 3. Within the chunk, and from the chunks before.
     o_CBKGLP = jnp.matmul(qb_CBKGLS, u_CBKGLP) + jnp.matmul(qk_CBKGLS, x.v_CBKGLP)
     o_CBKGLP += x.for_q.apply(x.q_CBKLH, x.for_q.reads_CBKGLX, states_CBKGHP)
-    outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
-    return outputs, (q, k, v, a, b, g, segment_ids, states_CBKGHP, inverse_CBKGLL)
+    o_BTNP = clear_padding(chunks.join(o_CBKGLP, v.shape[1], v.dtype), segment_ids)
+    outputs = o_BTNP, last_BKGHP.reshape(state.shape)
+    if not keep:
+        return outputs, None
+    dtype = residual_dtype(q, k, v, a, b)
+    states_BCNPH, inverse_BCNLL = (_heads_together(x, dtype) for x in (states_CBKGHP.mT, inverse_CBKGLL))
+    return outputs, (q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL)
+
+
+def _heads_together(x_CBKGXY, dtype):
+    C, B, K, G, X, Y = x_CBKGXY.shape
+    return jnp.moveaxis(x_CBKGXY, 0, 1).reshape(B, C, K * G, X, Y).astype(dtype)
+
+
+def _heads_apart(x_BCNXY, num_key_heads, dtype):
+    B, C, _, X, Y = x_BCNXY.shape
+    return jnp.moveaxis(x_BCNXY.reshape(B, C, num_key_heads, -1, X, Y), 1, 0).astype(dtype)
 
 
 def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, a, b, g and state."""
-    q, k, v, a, b, g, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
+    q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL = residuals
     do, dlast = cotangents
     x = _Chunks(scale, q, k, v, a, b, g, segment_ids)
-    do_CBKGLP = chunks.split(do, k.shape[2], x.v_CBKGLP.shape[4], x.v_CBKGLP.dtype)
+    states_CBKGHP = _heads_apart(states_BCNPH, k.shape[2], x.v_CBKGLP.dtype).mT
+    inverse_CBKGLL = _heads_apart(inverse_BCNLL, k.shape[2], x.v_CBKGLP.dtype)
+    do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], x.v_CBKGLP.shape[4], x.v_CBKGLP.dtype)
     # 1. What the forward pass knew.
     scores = x.scores()
     qb_CBKGLS, qk_CBKGLS, _, ak_CBKGLS = (s_CBKRGLS[:, :, :, 0] for s_CBKRGLS in scores)
@@ -158,6 +178,6 @@ def backward(scale, residuals, cotangents):
         chunks.join(dv_CBKGLP, T, v.dtype),
         chunks.join(da_CBKLH[:, :, :, None], T, a.dtype),
         chunks.join(db_CBKLH[:, :, :, None], T, b.dtype),
-        chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape),
+        clear_padding(chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape), segment_ids),
         dstate_BKGHP.reshape(dlast.shape),
     )
