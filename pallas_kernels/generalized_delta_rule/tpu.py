@@ -29,7 +29,7 @@ def unsupported(q, k, v, a, b, g):
 
 def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     """Returns (o, state) and, if `keep`, residuals, as `xla.forward`."""
-    rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b), keep), _Call(q, k, v, a, b)
+    rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b)), _Call(q, k, v, a, b)
     blocks, spec, state_BNHP = call.blocks, call.blocks.specs(), widen(state, 2, 3)
     o, last_BNHP, *kept = pl.pallas_call(
         functools.partial(kernels.forward, rule, blocks),
@@ -54,11 +54,10 @@ def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, a, b, g and state."""
     q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL = residuals
     do, dlast = cotangents
-    rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b), True), _Call(q, k, v, a, b, backwards=True)
+    rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b)), _Call(q, k, v, a, b, backwards=True)
     blocks, spec, dlast_BNHP = call.blocks, call.blocks.specs(backwards=True), widen(dlast, 2, 3)
     missing = CHUNK - inverse_BCNLL.shape[3]
-    if missing:
-        inverse_BCNLL = jnp.pad(inverse_BCNLL, ((0, 0), (0, 0), (0, 0), (0, missing), (0, missing)))
+    inverse_BCNLL = jnp.pad(inverse_BCNLL, [(0, 0)] * 3 + [(0, missing)] * 2)
     dq, dk, da, db, dv, dg, dstate_BNHP = pl.pallas_call(
         functools.partial(kernels.backward, rule, blocks),
         name="generalized_delta_rule_backward",

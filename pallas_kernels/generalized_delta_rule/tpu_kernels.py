@@ -17,7 +17,6 @@ class Rule:
 
     scale: float
     exact: bool
-    keep: bool
 
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
@@ -98,7 +97,7 @@ def forward(rule, blocks, flags_1L, *refs):
     o, inverses = [], triangular.inverses(systems, rule.exact)
     for inverse_LL, (n, v_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
         S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
-        if rule.keep:
+        if kept:
             states_NPH, inverses_NLL = kept
             states_NPH[n], inverses_NLL[n] = S_PH.astype(states_NPH.dtype), inverse_LL.astype(inverses_NLL.dtype)
         o.append(tokens.clear(o_LP + product(qb_LL, u_LP, "nn")))

@@ -147,7 +147,8 @@ def backward(scale, residuals, cotangents):
     dstate_CBKGLH = lambda d_CBKGLP, S_CBKGHP: jnp.einsum("CBKGLP,CBKGHP->CBKGLH", d_CBKGLP, S_CBKGHP)
     readers = (x.for_q, x.q_CBKLH, do_CBKGLP), (x.for_a, x.a_CBKLH, dx_CBKGLP)
     written = (x.b_CBKLH, u_CBKGLP), (x.k_CBKLH, x.v_CBKGLP)
-    dreaders, rows, cols, dkeys = [], [], 0, [0, 0]
+    dreaders, dkeys = [], [jnp.zeros_like(x.b_CBKLH), jnp.zeros_like(x.k_CBKLH)]
+    rows, cols, puts = [], jnp.zeros(()), jnp.zeros(())
     for i, (decay, x_CBKLH, d_CBKGLP) in enumerate(readers):
         border_CBKGLH = decay.reads_CBKGLX * dstate_CBKGLH(d_CBKGLP, states_CBKGHP)
         dreaders.append(jnp.sum(border_CBKGLH, axis=3))
@@ -162,7 +163,6 @@ def backward(scale, residuals, cotangents):
             rows[i] += more_rows
             cols += more_cols
     # 5. What b and k leave in the state after the chunk.
-    puts = 0
     for j, (k_CBKLH, y_CBKGLP) in enumerate(written):
         dput_CBKGLH = x.for_q.writes_CBKGLX * dstate_CBKGLH(y_CBKGLP, dstates_CBKGHP)
         dkeys[j] += jnp.sum(dput_CBKGLH, axis=3)
