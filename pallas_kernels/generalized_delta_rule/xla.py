@@ -8,12 +8,11 @@ before the chunk) these are L linear equations, whose matrix is unit lower trian
     O  = QB U + QK V + reads_q (Q S)
     S' = keep S + B^T (writes U) + K^T (writes V)
 
-With M = (I - AB)^-1 and W = M (reads_a A), U = M AK V + W S: only the last product waits for the state. Backward, dS
-and dS' being the gradients of S and S':
+With M = (I - AB)^-1, U = M X. Backward, dS and dS' being the gradients of S and S':
 
     dU = QB^T dO + writes (B dS')
-    dS = keep dS' + Q^T (reads_q dO) + W^T dU
     dX = M^T dU                    from U = M X; and dAB = dX U^T, as dM = M dAB M
+    dS = keep dS' + Q^T (reads_q dO) + A^T (reads_a dX)
     dV = QK^T dO + AK^T dX + writes (K dS')
     dAK = dX V^T, dQB = dO U^T, dQK = dO V^T
 
@@ -50,6 +49,7 @@ class _Chunks:
         g_CBKGLX = chunks.split(g[..., None] if g.ndim == 3 else g, K, L, dtype)
         segments, kind = chunks.Segments(fill_padding(segment_ids), L), HeadDecay if g.ndim == 3 else ChannelDecay
         self.for_q, self.for_a = kind(g_CBKGLX, segments), kind(g_CBKGLX, segments, before=True)
+        self.read_a_CBKGLH = self.for_a.reads_CBKGLX * self.a_CBKLH[:, :, :, None]
         self.put_b_CBKGLH = self.for_q.writes_CBKGLX * self.b_CBKLH[:, :, :, None]
         self.put_k_CBKGLH = self.for_q.writes_CBKGLX * self.k_CBKLH[:, :, :, None]
 
@@ -62,9 +62,6 @@ class _Chunks:
             for k_CBKLH in (self.b_CBKLH, self.k_CBKLH)
         ]
 
-    def w_CBKGLH(self, inverse_CBKGLL):
-        return jnp.matmul(inverse_CBKGLL, self.for_a.reads_CBKGLX * self.a_CBKLH[:, :, :, None])
-
 
 def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     """Returns (o, state) and, if `keep`, residuals. g is BTN or BTNH; at padding, id 0, arguments may be anything."""
@@ -72,13 +69,13 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     # 1. What each token reads, save for what depends on the state before its chunk.
     qb_CBKGLS, qk_CBKGLS, ab_CBKGLS, ak_CBKGLS = (s_CBKRGLS[:, :, :, 0] for s_CBKRGLS in x.scores())
     inverse_CBKGLL = blocks.inverse(-ab_CBKGLS)
-    own_CBKGLP = jnp.matmul(inverse_CBKGLL, jnp.matmul(ak_CBKGLS, x.v_CBKGLP))
+    own_CBKGLP = jnp.matmul(ak_CBKGLS, x.v_CBKGLP)
     written_CBKGHP = jnp.einsum("CBKGLH,CBKGLP->CBKGHP", x.put_k_CBKGLH, x.v_CBKGLP)
 
     # 2. Chunk by chunk: what its tokens read in truth, and the state after it.
     def step(S_BKGHP, chunk):
-        own_BKGLP, w_BKGLH, put_BKGLH, written_BKGHP, keep_BKGX1 = chunk
-        u_BKGLP = own_BKGLP + jnp.matmul(w_BKGLH, S_BKGHP)
+        own_BKGLP, read_BKGLH, inverse_BKGLL, put_BKGLH, written_BKGHP, keep_BKGX1 = chunk
+        u_BKGLP = jnp.matmul(inverse_BKGLL, own_BKGLP + jnp.matmul(read_BKGLH, S_BKGHP))
         after_BKGHP = keep_BKGX1 * S_BKGHP + written_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", put_BKGLH, u_BKGLP)
         return after_BKGHP, (S_BKGHP, u_BKGLP)
 
@@ -86,7 +83,7 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     last_BKGHP, (states_CBKGHP, u_CBKGLP) = jax.lax.scan(
         step,
         state.reshape(*x.v_CBKGLP.shape[1:4], H, P),
-        (own_CBKGLP, x.w_CBKGLH(inverse_CBKGLL), x.put_b_CBKGLH, written_CBKGHP, x.for_q.keep_CBKGX1),
+        (own_CBKGLP, x.read_a_CBKGLH, inverse_CBKGLL, x.put_b_CBKGLH, written_CBKGHP, x.for_q.keep_CBKGX1),
     )
     # 3. Within the chunk, and from the chunks before.
     o_CBKGLP = jnp.matmul(qb_CBKGLS, u_CBKGLP) + jnp.matmul(qk_CBKGLS, x.v_CBKGLP)
@@ -123,24 +120,25 @@ def backward(scale, residuals, cotangents):
     qb_CBKGLS, qk_CBKGLS, _, ak_CBKGLS = (s_CBKRGLS[:, :, :, 0] for s_CBKRGLS in scores)
     x_CBKGLP = jnp.matmul(ak_CBKGLS, x.v_CBKGLP) + x.for_a.apply(x.a_CBKLH, x.for_a.reads_CBKGLX, states_CBKGHP)
     u_CBKGLP = jnp.matmul(inverse_CBKGLL, x_CBKGLP)
-    # 2. The gradients of the state after each chunk and of what its tokens read, from the last chunk to the first.
+    # 2. The gradients of the state after each chunk and of what its tokens read and, through the triangular system, of
+    # what that is made of; from the last chunk to the first.
     du_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", qb_CBKGLS, do_CBKGLP)
     dread_CBKGHP = x.for_q.outer(x.q_CBKLH, x.for_q.reads_CBKGLX, do_CBKGLP)
 
     def step(dS_BKGHP, chunk):
-        du_BKGLP, dread_BKGHP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
+        du_BKGLP, dread_BKGHP, read_BKGLH, inverse_BKGLL, put_BKGLH, keep_BKGX1 = chunk
         du_BKGLP += jnp.matmul(put_BKGLH, dS_BKGHP)
-        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", w_BKGLH, du_BKGLP)
-        return before_BKGHP, (dS_BKGHP, du_BKGLP)
+        dx_BKGLP = jnp.einsum("BKGLS,BKGLP->BKGSP", inverse_BKGLL, du_BKGLP)
+        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", read_BKGLH, dx_BKGLP)
+        return before_BKGHP, (dS_BKGHP, dx_BKGLP)
 
-    dstate_BKGHP, (dstates_CBKGHP, du_CBKGLP) = jax.lax.scan(
+    dstate_BKGHP, (dstates_CBKGHP, dx_CBKGLP) = jax.lax.scan(
         step,
         dlast.reshape(states_CBKGHP.shape[1:]),
-        (du_CBKGLP, dread_CBKGHP, x.w_CBKGLH(inverse_CBKGLL), x.put_b_CBKGLH, x.for_q.keep_CBKGX1),
+        (du_CBKGLP, dread_CBKGHP, x.read_a_CBKGLH, inverse_CBKGLL, x.put_b_CBKGLH, x.for_q.keep_CBKGX1),
         reverse=True,
     )
-    # 3. Through the triangular system.
-    dx_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", inverse_CBKGLL, du_CBKGLP)
+    # 3. What is written as it comes.
     dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", qk_CBKGLS, do_CBKGLP) + jnp.matmul(x.put_k_CBKGLH, dstates_CBKGHP)
     dv_CBKGLP += jnp.einsum("CBKGLS,CBKGLP->CBKGSP", ak_CBKGLS, dx_CBKGLP)
     # 4. What q and a read, of b and k: within the chunk, and through the state before it.
