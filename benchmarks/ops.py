@@ -94,10 +94,10 @@ CASES = {
         kernels.linear_attention, {**_HEADS, "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "delta_rule": Case(
-        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=False
+        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "delta_rule_channel": Case(
-        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=False
+        kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=True
     ),
     "generalized_delta_rule": Case(
         kernels.generalized_delta_rule,

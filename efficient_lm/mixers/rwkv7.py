@@ -4,7 +4,7 @@ https://arxiv.org/abs/2503.14456. The paper's receptance is the query here. What
 mix of the token and the one before it. All layers but the first mix the first layer's values into their own.
 
 A token multiplies the state by Diag(decay) - k (rate k)^T: not diagonal, and with eigenvalues below 0 (to -0.45) where
-decays are strong. The paper shows that layers of such transitions can track states: they recognize all regular languages.
+decays are strong. The paper shows that layers of such transitions track states: they recognize all regular languages.
 """
 
 import dataclasses

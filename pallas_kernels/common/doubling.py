@@ -34,7 +34,8 @@ def _halves(x_LX: jax.Array, m: int) -> list[jax.Array]:
     return [x_n2mX[:, half].reshape(-1, x_LX.shape[-1]) for half in (FIRST, SECOND)]
 
 
-def _join(halves: list[jax.Array], m: int) -> jax.Array:
+def join(halves: list[jax.Array], m: int) -> jax.Array:
+    """Puts the rows of each first and each second block of m tokens, at least 8, back in order."""
     X = halves[0].shape[-1]
     return jnp.stack([x.reshape(-1, m, X) for x in halves], axis=1).reshape(-1, X)
 
@@ -48,7 +49,7 @@ def fill(rows: jax.Array, m: int, half: int) -> jax.Array:
     """Undoes `take`, with zeros for the other rows."""
     if m < _ROWS:
         return rows
-    return _join([rows, jnp.zeros_like(rows)][:: 1 if half == FIRST else -1], m)
+    return join([rows, jnp.zeros_like(rows)][:: 1 if half == FIRST else -1], m)
 
 
 def add(x_LX: jax.Array, rows: jax.Array, m: int, half: int) -> jax.Array:
@@ -57,7 +58,7 @@ def add(x_LX: jax.Array, rows: jax.Array, m: int, half: int) -> jax.Array:
         return x_LX + rows
     halves = _halves(x_LX, m)
     halves[half] += rows
-    return _join(halves, m)
+    return join(halves, m)
 
 
 class Decays:
@@ -105,13 +106,13 @@ class Decays:
 class Pairs:
     """Which level the tokens of a pair meet at; the same for all heads."""
 
-    def __init__(self, length: int, before: bool):
+    def __init__(self, length: int):
         i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-        self._before, self.apart_LL, self._later_LL = before, i ^ j, i <= j
+        self.apart_LL, self._later_LL = i ^ j, i <= j
         self._lower_LL = {SECOND: jnp.where(i > j, i ^ j, 0), FIRST: jnp.where(i < j, i ^ j, 0)}
 
-    def gather(self, found: dict[int, jax.Array], own_L1: jax.Array, rows: int) -> jax.Array:
-        """Returns the scores `LL` from the products of all levels and the scores of tokens with themselves.
+    def gather(self, found: dict[int, jax.Array], own_L1: jax.Array | None, rows: int) -> jax.Array:
+        """Returns the scores `LL` from the products of all levels and those of tokens with themselves, 0 if not given.
 
         rows: SECOND if rows are readers, FIRST if columns are.
         """
@@ -122,9 +123,9 @@ class Pairs:
             else:
                 halves = _halves(scores_LL, m)
                 halves[rows] = jnp.where(take(self.apart_LL, m, rows) < m, halves[rows], scores)
-                scores_LL = _join(halves, m)
+                scores_LL = join(halves, m)
         scores_LL = jnp.where(self._lower_LL[rows] > 0, scores_LL, 0)
-        return scores_LL if self._before else jnp.where(self.apart_LL == 0, own_L1, scores_LL)
+        return scores_LL if own_L1 is None else jnp.where(self.apart_LL == 0, own_L1, scores_LL)
 
     def pick(self, scores_LL: jax.Array, m: int, rows: int) -> jax.Array:
         """Returns what of the scores belongs to level m, in the rows that `take` takes."""

@@ -105,5 +105,5 @@ def _block_diagonal(b_ML: jax.Array) -> jax.Array:
     m, L = b_ML.shape
     words = pltpu.bitcast(b_ML, jnp.int32)
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (L // 2, L), axis) for axis in (0, 1))
-    words = jnp.concatenate([words] * (L // m)) & jnp.where(((2 * row) ^ lane) & -m == 0, -1, 0)
+    words = jnp.concatenate([words] * (L // m)) & jnp.where((2 * row ^ lane) & -m == 0, -1, 0)
     return pltpu.bitcast(words, jnp.bfloat16)

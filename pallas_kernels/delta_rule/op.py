@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch
-from pallas_kernels.common.documents import fill_padding
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.delta_rule import ref, xla
+from pallas_kernels.delta_rule import ref, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
 
 
 def delta_rule(
@@ -44,7 +43,10 @@ def delta_rule(
       segment_ids: documents count from 1 in order, 0 is padding. Each document starts from zero; padding neither reads
         nor writes, and its outputs are 0.
       scale: `H**-0.5` if not given.
-      impl: "ref", "xla", or None for the best one on the platform that the program is lowered for.
+      impl: "ref", "xla", "tpu", or None for the best one on the platform that the program is lowered for.
+
+    Raises:
+      ValueError: an unknown `impl`, one that does not support these arguments, or shapes that do not fit.
     """
     check_impl("delta_rule", impl, ("ref", *FORWARD))
     check_heads("delta_rule", q, k, v)
@@ -61,25 +63,20 @@ def delta_rule(
     g = jnp.zeros((B, T, N), dtype) if g is None else g.astype(dtype)
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    impl = supported("delta_rule", impl, tpu.unsupported(q, k, v, g))
     if impl == "ref" or T <= 1:  # a token to decode needs no chunk
         return ref.delta_rule(q, k, v, beta, g, state, ids, scale)
-
-    if segment_ids is None:
-        return _op(impl, scale, q, k, v, beta, g, state, ids)
-    real_BT1 = (ids > 0)[..., None]
-    beta = jnp.where(real_BT1, beta, 0)
-    g = jnp.where(real_BT1 if g.ndim == 3 else real_BT1[..., None], g, 0)
-    o_BTNP, state_BNHP = _op(impl, scale, q, k, v, beta, g, state, fill_padding(ids))
-    return jnp.where(real_BT1[..., None], o_BTNP, 0), state_BNHP
+    return _op(impl, scale, q, k, v, beta, g, state, ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _op(impl, scale, *args):
-    return _forward(impl, scale, *args)[0]
+    outputs = lambda forward: lambda *args: forward(False, scale, *args)[0]
+    return dispatch(impl, {name: outputs(forward) for name, forward in FORWARD.items()}, *args)
 
 
 def _forward(impl, scale, *args):
-    return dispatch(impl, {name: functools.partial(fn, scale) for name, fn in FORWARD.items()}, *args)
+    return dispatch(impl, {name: functools.partial(fn, True, scale) for name, fn in FORWARD.items()}, *args)
 
 
 def _backward(impl, scale, residuals, cotangents):

@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, join, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
@@ -30,7 +31,7 @@ def _beside(*arrays: jax.Array) -> jax.Array:
     return jnp.concatenate(arrays, axis=1)
 
 
-def _cut(x: jax.Array) -> list[jax.Array]:
+def _halves(x: jax.Array) -> list[jax.Array]:
     """Undoes `_stack` of two."""
     return jnp.split(x, 2, axis=0)
 
@@ -40,10 +41,10 @@ def _columns(flags_1L, rows_8L):
     return jnp.where(flags_1L[...] & REAL > 0, rows_8L[...], 0).T
 
 
-def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *rest):
-    states_NPH, inverses_NLL, S_NPH = rest
+def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *kept):
+    *kept, S_NPH = kept
     start(S_NPH, S_NHP)
-    tokens, pairs, strict, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), Pairs(CHUNK, True), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
     # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
     # take no longer for many than for one.
@@ -51,26 +52,24 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
         q_LH, k_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
         q_LH = rule.scale * q_LH
         for n in heads:
-            decays, beta_L1, S_PH = tokens.decays(blocks.decays.read(g_ref, n)), beta_L8[:, n : n + 1], S_NPH[n]
-            states_NPH[n] = S_PH.astype(states_NPH.dtype)
-            # What tokens read of each other, and what those that write do.
-            qk, bkk, bk_LH = {}, {}, beta_L1 * k_LH
+            w_LH, decays, S_PH = beta_L8[:, n : n + 1] * k_LH, tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
+            if kept:
+                kept[0][n] = S_PH.astype(kept[0].dtype)
+            qw, kw = {}, {}
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
-                readers = _stack(take(q_LH, m, SECOND) * to, take(bk_LH, m, SECOND) * to)
-                qk[m], bkk[m] = _cut(product(readers, fill(take(k_LH, m, FIRST) * of, m, FIRST), "nt"))
-            systems.append(strict.gather(bkk, None, SECOND))
-            scores_LL = pairs.gather(qk, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
-            # What the state holds for them.
-            read_LP, held_LP = _cut(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
-            x_LP = beta_L1 * (tokens.clear(blocks.values.read(v_ref, n)) - held_LP)
-            waiting.append((n, x_LP, scores_LL, read_LP, k_LH * decays.writes, decays.keep_1H))
-    # 2. What tokens write in truth; with it all else.
-    o = []
-    for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(
-        triangular.inverses(systems, rule.exact), waiting, strict=True
-    ):
-        inverses_NLL[n] = inverse_LL.astype(inverses_NLL.dtype)
+                readers = _stack(take(q_LH, m, SECOND) * to, take(k_LH, m, SECOND) * to)
+                qw[m], kw[m] = _halves(product(readers, fill(take(w_LH, m, FIRST) * of, m, FIRST), "nt"))
+            systems.append(pairs.gather(kw, None, SECOND))
+            scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
+            read_LP, held_LP = _halves(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
+            x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
+            waiting.append((n, x_LP, scores_LL, read_LP, w_LH * decays.writes, decays.keep_1H))
+    # 2. What differs in truth; with it all else.
+    o, inverses = [], triangular.inverses(systems, rule.exact)
+    for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(inverses, waiting, strict=True):
+        if kept:
+            kept[1][n] = inverse_LL.astype(kept[1].dtype)
         u_LP = product(inverse_LL, x_LP, "nn")
         o.append(tokens.clear(read_LP + product(scores_LL, u_LP, "nn")))
         S_NPH[n] = keep_1H * S_NPH[n] + product(u_LP, put_LH, "tn")
@@ -82,7 +81,7 @@ def backward(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, do_ref, states_NPH, inverses_NLL, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbeta_8L, dS_NHP = outputs
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8 = _columns(flags_1L, beta_8L)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 
@@ -91,55 +90,54 @@ def backward(rule, blocks, *refs):
         beta_L1, inverse_LL = beta_L8[:, n : n + 1], inverses_NLL[n].astype(jnp.float32)
         decays = tokens.decays(blocks.decays.read(g_ref, n))
         S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
-        bk_LH, put_LH = beta_L1 * k_LH, k_LH * decays.writes
-        read_q_LH, read_k_LH = q_LH * decays.reads, k_LH * decays.reads
+        w_LH = beta_L1 * k_LH
+        reads_q_LH, reads_k_LH = q_LH * decays.reads, k_LH * decays.reads
         # 1. What the forward pass knew. Rows of scoresT are what is read, columns the readers.
-        delta_LP = v_LP - product(read_k_LH, S_PH, "nt")
-        u_LP = product(inverse_LL, beta_L1 * delta_LP, "nn")
+        u_LP = product(inverse_LL, v_LP - product(reads_k_LH, S_PH, "nt"), "nn")
         levels, found = {}, {}
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
-            k = take(k_LH, m, FIRST) * of
-            q, bk = (fill(take(x_LH, m, SECOND) * to, m, SECOND) for x_LH in (q_LH, bk_LH))
-            levels[m] = to, of, q, bk, fill(k, m, FIRST)
-            found[m] = product(k, q, "nt")
-        scoresT_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), FIRST)
-        # 2. The gradients of what tokens write, and through the triangular system that of v.
-        du_LP = product(scoresT_LL, do_LP, "nn") + product(put_LH, dS_PH, "nt")
-        dx_LP = product(inverse_LL, du_LP, "tn")
-        dv_LP = beta_L1 * dx_LP
-        # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
+            w = take(w_LH, m, FIRST) * of
+            q, k = (fill(take(x_LH, m, SECOND) * to, m, SECOND) for x_LH in (q_LH, k_LH))
+            levels[m] = to, of, q, k, fill(w, m, FIRST)
+            found[m] = product(w, q, "nt")
+        scoresT_LL = pairs.gather(found, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), FIRST)
+        # 2. The gradients of the differences and, through the triangular system, of what they are differences of.
+        du_LP = product(scoresT_LL, do_LP, "nn") + product(w_LH * decays.writes, dS_PH, "nt")
+        dv_LP = product(inverse_LL, du_LP, "tn")
         dreads = _stack(do_LP, -dv_LP)
-        dread_q_LH, dread_k_LH = (decays.reads * d_LH for d_LH in _cut(product(dreads, S_PH, "nn")))
+        # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
+        dq_far, dk_far = (decays.reads * d_LH for d_LH in _halves(product(dreads, S_PH, "nn")))
         dput_LH = decays.writes * product(u_LP, dS_PH, "nn")
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
-        dg_LH += product(pairs.earlier(), k_LH * dput_LH, "nn")
-        dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, _stack(read_q_LH, read_k_LH), "tn")
-        # 4. Within the chunk: of q with k, and of beta k with k.
-        dreads = _stack(do_LP, -dx_LP)
-        dqk_LL, dbkk_LL = _cut(product(dreads, u_LP, "nt"))
-        dqkT_LL, dbkkT_LL = jnp.split(product(u_LP, dreads, "nt"), 2, axis=1)
-        zero_LH = jnp.zeros_like(k_LH)
-        dq_near, dq_far, dbk_near, dbk_far, dk_near, dk_far = zero_LH, zero_LH, zero_LH, zero_LH, zero_LH, zero_LH
-        for m, (to, of, q, bk, k) in levels.items():
-            dreaders = _stack(pairs.pick(dqk_LL, m, SECOND), pairs.pick(dbkk_LL, m, SECOND))
-            dq, dbk = (to * d for d in _cut(product(dreaders, k, "nn")))
-            dread = _beside(pairs.pick(dqkT_LL, m, FIRST), pairs.pick(dbkkT_LL, m, FIRST))
-            dk = of * product(dread, _stack(q, bk), "nn")
+        dg_LH += product(pairs.earlier(), w_LH * dput_LH, "nn")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, _stack(reads_q_LH, reads_k_LH), "tn")
+        # 4. Within the chunk.
+        dqw_LL, dkw_LL = _halves(product(dreads, u_LP, "nt"))
+        dqwT_LL, dkwT_LL = dqw_LL.T, dkw_LL.T
+        dq_near, dk_near, dw_near, dw_far = (jnp.zeros_like(k_LH) for _ in range(4))
+        for m, (to, of, q, k, w) in levels.items():
+            of_scores = _stack(pairs.pick(dqw_LL, m, SECOND), pairs.pick(dkw_LL, m, SECOND))
+            dq, dk = (to * d for d in _halves(product(of_scores, w, "nn")))
+            of_q, of_k = (pairs.pick(x_LL, m, FIRST) for x_LL in (dqwT_LL, dkwT_LL))
             if m < 8:
-                dq_near, dbk_near = add(dq_near, dq, m, SECOND), add(dbk_near, dbk, m, SECOND)
-                dk_near = add(dk_near, dk, m, FIRST)
+                dw = of * product(_beside(of_q, of_k), _stack(q, k), "nn")
+            else:  # readers are in second blocks: those of k move to the first ones, and one product takes both
+                of_scores = of_q + pltpu.roll(of_k, CHUNK - m, 1)
+                dw = of * product(of_scores, join([take(k, m, SECOND), take(q, m, SECOND)], m), "nn")
+            if m < 8:
+                dq_near, dk_near = add(dq_near, dq, m, SECOND), add(dk_near, dk, m, SECOND)
+                dw_near = add(dw_near, dw, m, FIRST)
             else:
-                dq_far, dbk_far = add(dq_far, dq, m, SECOND), add(dbk_far, dbk, m, SECOND)
-                dk_far = add(dk_far, dk, m, FIRST)
-        near_LH = q_LH * dq_near + bk_LH * dbk_near - k_LH * dk_near
-        far_LH = q_LH * (dq_far + dread_q_LH) + bk_LH * dbk_far + k_LH * (dread_k_LH - dk_far)
-        dg_LH += product(pairs.later(8), near_LH, "nn") + product(pairs.later(CHUNK), far_LH, "nn")
+                dq_far, dk_far = add(dq_far, dq, m, SECOND), add(dk_far, dk, m, SECOND)
+                dw_far = add(dw_far, dw, m, FIRST)
+        dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
+        dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far - w_LH * dw_far, "nn")
         # 5. Together.
-        dbk_LH, own_L1 = dbk_near + dbk_far, jnp.sum(do_LP * u_LP, axis=1, keepdims=True)
-        dq_LH = dq_near + dq_far + dread_q_LH + own_L1 * k_LH
-        dk_LH = dk_near + dk_far + dput_LH + dread_k_LH + own_L1 * q_LH + beta_L1 * dbk_LH
-        dbeta_L1 = jnp.sum(dx_LP * delta_LP, axis=1, keepdims=True) + jnp.sum(dbk_LH * k_LH, axis=1, keepdims=True)
+        own_L1 = jnp.sum(do_LP * u_LP, axis=1, keepdims=True)
+        dq_LH = dq_near + dq_far + own_L1 * w_LH
+        dw_LH = dw_near + dw_far + dput_LH + own_L1 * q_LH
+        dk_LH, dbeta_L1 = dk_near + dk_far + beta_L1 * dw_LH, jnp.sum(dw_LH * k_LH, axis=1, keepdims=True)
         return rule.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH), dbeta_L1
 
     dbeta_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)

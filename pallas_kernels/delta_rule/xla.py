@@ -1,23 +1,26 @@
 """The delta rule in chunks of matmuls; https://arxiv.org/abs/2406.06484, https://arxiv.org/abs/2412.06464.
 
-Token i writes u_i = beta_i (v_i - what the decayed state holds for k_i), and that state holds what the tokens before it
-wrote. With the decays of `common/decays.py` (KK strictly lower scores of k and k, QK the scores of q and k, S the state
-before the chunk) these are L linear equations, whose matrix is unit lower triangular:
+Token i finds in what the state, decayed, holds for k_i an error d_i, and writes beta_i d_i. The state holds what the
+tokens before it wrote: with the decays of `common/decays.py` (KK strictly lower scores of k and k, QK the scores of q
+and k, S the state before the chunk) these are L linear equations, whose matrix is unit lower triangular:
 
-    (I + beta KK) U = beta (V - reads (K S)) =: X
+    (I + KK beta) D = V - reads (K S) =: X        U = beta D
     O  = QK U + reads (Q S)
     S' = keep S + K^T (writes U)
 
-With M = (I + beta KK)^-1 and W = M beta (reads K), U = M beta V - W S: only the last product waits for the state.
-Backward, dS and dS' being the gradients of S and S':
+With M = (I + KK beta)^-1 and W = M (reads K), D = M V - W S: only the last product waits for the state. Backward, dS
+and dS' being the gradients of S and S':
 
     dU = QK^T dO + writes (K dS')
-    dS = keep dS' + Q^T (reads dO) - W^T dU
-    dX = M^T dU                    from U = M X; and d(beta KK) = -dX U^T, as dM^-1 = -M^T dM M^T
-    dV = beta dX                   d(reads K S) = -beta dX, which gives dK its share, as dO gives dQ
-    dQK = dO U^T                   d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
+    dS = keep dS' + Q^T (reads dO) - W^T (beta dU)
+    dX = M^T (beta dU) = dV        from D = M X; and d(KK beta) = -dX D^T, as dM^-1 = -M^T dM M^T
+    dQK = dO U^T                   d(reads K S) = -dX, which gives dK its share, as dO gives dQ
+                                   d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
 
-Residuals are the inputs, the state before each chunk of `CHUNK` tokens, `states_CBKGHP`, and the inverses M_CBKGLL.
+Residuals are the inputs, the states before each chunk of `CHUNK` tokens and the inverses M `BCNLL`: what the kernels
+for TPUs need, as they keep it. To make the inverses again would cost those more than to read them, and memory is not
+held for long where blocks are under `jax.checkpoint`. Both are bfloat16 where q, k and v are. States are `BCNHP` with
+one decay per token and `BCNPH` with one per channel.
 """
 
 import jax
@@ -25,18 +28,19 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import blocks, chunks, decays
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
+from pallas_kernels.common.documents import clear_padding, fill_padding
 
-# 32 is as fast on a CPU but keeps twice the states; 128 is slower.
-CHUNK = 64
+CHUNK = 128
 
 
 def _chunked(q, k, v, beta, g, segment_ids, scale):
+    beta, g = clear_padding(beta, segment_ids), clear_padding(g, segment_ids)
     K, L, dtype = k.shape[2], chunks.length(v.shape[1], CHUNK), jnp.promote_types(v.dtype, jnp.float32)
     q_CBKLH = chunks.split(q, K, L, dtype)[:, :, :, 0] * scale
     k_CBKLH = chunks.split(k, K, L, dtype)[:, :, :, 0]
     v_CBKGLP, beta_CBKGL1 = (chunks.split(x, K, L, dtype) for x in (v, beta[..., None]))
     g_CBKGLX = chunks.split(g[..., None] if g.ndim == 3 else g, K, L, dtype)
-    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGLX, chunks.Segments(segment_ids, L))
+    decay = (HeadDecay if g.ndim == 3 else ChannelDecay)(g_CBKGLX, chunks.Segments(fill_padding(segment_ids), L))
     return jnp.stack([q_CBKLH, k_CBKLH], axis=3), k_CBKLH, v_CBKGLP, beta_CBKGL1, decay
 
 
@@ -46,20 +50,31 @@ def _scores(qk_CBKRLH, k_CBKLH, decay):
     return scores_CBKRGLS, scores_CBKRGLS[:, :, :, 0], jnp.where(earlier_CBKGLL, scores_CBKRGLS[:, :, :, 1], 0)
 
 
-def forward(scale, q, k, v, beta, g, state, segment_ids):
-    """Returns (o, state) and residuals.
+def _kept(x_CBKGXX, like):
+    """Returns residuals `BCN..` as kernels keep them."""
+    C, B, K, G, *rest = x_CBKGXX.shape
+    dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in like) else x_CBKGXX.dtype
+    return jnp.swapaxes(x_CBKGXX, 0, 1).reshape(B, C, K * G, *rest).astype(dtype)
 
-    g is BTN or BTNH; segment_ids never decrease along a row and padding, having beta = 0 and g = 0, is part of a
-    document.
+
+def _from_kept(x_BCNXX, num_key_heads, dtype):
+    B, C, _, *rest = x_BCNXX.shape
+    return jnp.swapaxes(x_BCNXX.reshape(B, C, num_key_heads, -1, *rest), 0, 1).astype(dtype)
+
+
+def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
+    """Returns (o, state), and residuals if they are to be kept.
+
+    g is BTN or BTNH; 0 of segment_ids is padding, where beta and g may be anything.
     """
     qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
     q_CBKLH = qk_CBKRLH[:, :, :, 0]
     k_CBKGLH = k_CBKLH[:, :, :, None]
     # 1. What each token writes, save for what depends on the state before its chunk.
     _, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
-    inverse_CBKGLL = blocks.inverse(beta_CBKGL1 * kk_CBKGLS)
-    own_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * v_CBKGLP)
-    w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
+    inverse_CBKGLL = blocks.inverse(kk_CBKGLS * beta_CBKGL1.mT)
+    own_CBKGLP = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, v_CBKGLP)
+    w_CBKGLH = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, decay.reads_CBKGLX * k_CBKGLH)
     put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
 
     # 2. Chunk by chunk: what its tokens write in truth, and the state after it.
@@ -77,24 +92,32 @@ def forward(scale, q, k, v, beta, g, state, segment_ids):
     # 3. Within the chunk, and from the chunks before.
     o_CBKGLP = jnp.matmul(qk_CBKGLS, u_CBKGLP)
     o_CBKGLP += decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
-    outputs = chunks.join(o_CBKGLP, v.shape[1], v.dtype), last_BKGHP.reshape(state.shape)
-    return outputs, (q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL)
+    o_BTNP = clear_padding(chunks.join(o_CBKGLP, v.shape[1], v.dtype), segment_ids)
+    outputs = o_BTNP, last_BKGHP.reshape(state.shape)
+    if not keep:
+        return outputs, None
+    states = _kept(states_CBKGHP if g.ndim == 3 else states_CBKGHP.mT, (q, k, v))
+    residuals = q, k, v, beta, g, state, segment_ids, states, _kept(inverse_CBKGLL, (q, k, v))
+    return outputs, residuals
 
 
 def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, beta, g and state."""
-    q, k, v, beta, g, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
+    q, k, v, beta, g, _, segment_ids, states, inverse_BCNLL = residuals
     do, dlast = cotangents
     qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
     q_CBKLH = qk_CBKRLH[:, :, :, 0]
-    do_CBKGLP = chunks.split(do, k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
+    states_CBKGHP, inverse_CBKGLL = (_from_kept(x, k.shape[2], v_CBKGLP.dtype) for x in (states, inverse_BCNLL))
+    states_CBKGHP = states_CBKGHP if g.ndim == 3 else states_CBKGHP.mT
+    do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     k_CBKGLH, q_CBKGLH = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None]
     # 1. What the forward pass knew.
     scores_CBKRGLS, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
-    w_CBKGLH = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * decay.reads_CBKGLX * k_CBKGLH)
+    w_CBKGLH = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, decay.reads_CBKGLX * k_CBKGLH)
     put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
-    delta_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
-    u_CBKGLP = jnp.matmul(inverse_CBKGLL, beta_CBKGL1 * delta_CBKGLP)
+    x_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
+    d_CBKGLP = jnp.matmul(inverse_CBKGLL, x_CBKGLP)
+    u_CBKGLP = beta_CBKGL1 * d_CBKGLP
     # 2. The gradients of the state after each chunk and of what its tokens write, from the last chunk to the first.
     du_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", qk_CBKGLS, do_CBKGLP)
     dread_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
@@ -112,14 +135,13 @@ def backward(scale, residuals, cotangents):
         reverse=True,
     )
     # 3. Through the triangular system.
-    dx_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", inverse_CBKGLL, du_CBKGLP)
-    dv_CBKGLP = beta_CBKGL1 * dx_CBKGLP
+    dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", inverse_CBKGLL, beta_CBKGL1 * du_CBKGLP)
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
-    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.einsum("CBKGLP,CBKGSP->CBKGLS", dx_CBKGLP, u_CBKGLP), 0)
-    dbeta_CBKGL = jnp.sum(dx_CBKGLP * delta_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-1)
+    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.einsum("CBKGLP,CBKGSP->CBKGLS", dv_CBKGLP, d_CBKGLP), 0)
+    dbeta_CBKGL = jnp.sum(d_CBKGLP * du_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-2)
     # 4. Within the chunk.
     dqk_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, u_CBKGLP)
-    dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, beta_CBKGL1 * dsystem_CBKGLS], axis=3)
+    dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, dsystem_CBKGLS * beta_CBKGL1.mT], axis=3)
     dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.
     dread_q_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
@@ -133,11 +155,12 @@ def backward(scale, residuals, cotangents):
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
     dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
     T = v.shape[1]
+    dbeta_BTN, dg_BTNX = chunks.join(dbeta_CBKGL, T, beta.dtype), chunks.join(dg_CBKGLX, T, g.dtype)
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
         chunks.join(dk_CBKLH[:, :, :, None], T, k.dtype),
         chunks.join(dv_CBKGLP, T, v.dtype),
-        chunks.join(dbeta_CBKGL, T, beta.dtype),
-        chunks.join(dg_CBKGLX, T, g.dtype).reshape(g.shape),
+        clear_padding(dbeta_BTN, segment_ids),
+        clear_padding(dg_BTNX, segment_ids).reshape(g.shape),
         dstate_BKGHP.reshape(dlast.shape),
     )

@@ -129,10 +129,14 @@ class _Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
 
+    def own(self, q_LH: jax.Array, k_LH: jax.Array) -> jax.Array | None:
+        """Returns the scores of tokens with themselves, if they read what they write."""
+        return None if self.before else jnp.sum(q_LH * k_LH, axis=1, keepdims=True)
+
 
 def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
     start(S_NPH, S_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP = tokens.clear(blocks.values.read(v_ref, n))
@@ -141,7 +145,7 @@ def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o
         for m, d_LH in decays.levels.items():
             q, k = (take(x_LH, m, half) * take(d_LH, m, half) for x_LH, half in ((q_LH, SECOND), (k_LH, FIRST)))
             found[m] = product(q, fill(k, m, FIRST), "nt")
-        scores_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), SECOND)
+        scores_LL = pairs.gather(found, rule.own(q_LH, k_LH), SECOND)
         S_PH = S_NPH[n]
         o_LP = product(scores_LL, v_LP, "nn") + product(q_LH * decays.reads, S_PH, "nt")
         S_NPH[n] = decays.keep_1H * S_PH + product(v_LP, k_LH * decays.writes, "tn")
@@ -175,7 +179,7 @@ def _backward_kernel(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -208,7 +212,7 @@ def _backward_kernel(rule, blocks, *refs):
         else:
             own_L1 = jnp.sum(do_LP * v_LP, axis=1, keepdims=True)
             dq_LH, dk_LH = dq_LH + own_L1 * k_LH, dk_LH + own_L1 * q_LH
-        scoresT_LL = pairs.gather(found, jnp.sum(q_LH * k_LH, axis=1, keepdims=True), FIRST)
+        scoresT_LL = pairs.gather(found, rule.own(q_LH, k_LH), FIRST)
         dv_LP = product(scoresT_LL, do_LP, "nn") + product(k_LH * decays.writes, dS_PH, "nt")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(do_LP, q_LH * decays.reads, "tn")
         return rule.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)

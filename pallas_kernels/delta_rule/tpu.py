@@ -1,0 +1,26 @@
+"""The delta rule on TPU: which kernels take which decays."""
+
+from pallas_kernels.common import walk
+from pallas_kernels.delta_rule import tpu_channel, tpu_scalar
+
+
+def unsupported(q, k, v, g):
+    """Returns why these arguments need another implementation, or None."""
+    return walk.unsupported(q, k, v, g)
+
+
+def forward(keep, scale, *inputs):
+    """Returns (o, state) and the residuals, as `xla.forward`."""
+    *_, g, _, _ = inputs
+    outputs, kept = _kernels(g).forward(keep, scale, *inputs)
+    return outputs, (*inputs, *kept) if keep else None
+
+
+def backward(scale, residuals, cotangents):
+    """Returns the gradients of q, k, v, beta, g and state."""
+    *_, g, _, _, _, _ = residuals
+    return _kernels(g).backward(scale, residuals, cotangents)
+
+
+def _kernels(g):
+    return tpu_scalar if g.ndim == 3 else tpu_channel

@@ -1,0 +1,241 @@
+"""The TPU kernels with one decay per head and token; `tpu_scalar.py` says how they divide the work.
+
+Written in terms of D, the prediction errors `v_i - (decayed state before i)^T k_i`, of which token i writes beta_i D_i:
+beta then stands beside written tokens only, and each kernel has those along the axis where a vector costs least.
+
+    (I + C beta) D = V - reads (K S) = X      C: decayed scores of k and k, strictly lower; M = (I + C beta)^-1
+    O  = A beta D + reads (Q S)               A: decayed scores of q and k, lower
+    S' = keep S + K^T (writes beta D)
+
+Forward, pairs are [reader, written]. Backward, they are [written, reader], and what a token reads is computed
+transposed: products then are of the kinds that the matrix unit takes, but for one transposition of M and those of q, k
+and their gradients. With dS' and dS the gradients of the states after and before the chunk:
+
+    Z  = A^T dO + writes (K dS')              the gradient of beta D
+    dX = M^T (beta Z) = dV
+    dS = keep dS' + Q^T (reads dO) - K^T (reads dX)
+    E  = (D dO^T) A^T - (D dX^T) C^T          entry by entry; its sum over readers is a part of beta's gradient
+
+Heads go side by side, phase by phase: while the products of one are under way, those of others are issued.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.common import triangular
+from pallas_kernels.common.doubling import dot
+from pallas_kernels.common.head_blocks import Blocks
+from pallas_kernels.common.heads import TILE
+
+CHUNK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the kernels compute; products of float32 are `exact`."""
+
+    scale: float
+    exact: bool
+
+    def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
+        return dot(x, y, sides, self.exact)
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """Returns x as products take it: once, if it is in several."""
+        return x if self.exact else x.astype(jnp.bfloat16)
+
+
+class Gates:
+    """Decays, betas and documents of a chunk, of up to eight heads.
+
+    Vectors along lanes are [heads, L]; columns are broadcast to `[L width]` before exp is taken: the unit that takes it
+    is idle, that which spreads lanes is not.
+    """
+
+    def __init__(self, gates_XNL, documents_1L):
+        self._logs, self.beta = [gates_XNL[x] for x in range(gates_XNL.shape[0] - 1)], gates_XNL[-1]
+        self._end = [x[:, -1:] for x in self._logs]
+        last_11 = jnp.maximum(jnp.max(documents_1L, axis=1, keepdims=True), 0.0)
+        self._documents_1L, self._documents_LL = documents_1L, jnp.broadcast_to(documents_1L, (CHUNK, CHUNK)).T
+        self._last_11 = last_11
+        self._columns = [x.T for x in (*self._logs, self.beta)]
+        self.reads = jnp.where(documents_1L == 0, _exp(self._logs), 0)
+        self.writes = jnp.where(documents_1L == last_11, _exp(_minus(self._end, self._logs)), 0)
+        self.keep = jnp.where(last_11 == 0, _exp(self._end), 0)
+        self._real_LL = jnp.where(self._documents_LL >= 0, -1, 0)
+
+    def clear(self, x_LX):
+        """Returns x with zeros, in place of NaN too, for padding."""
+        bits = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen(self._real_LL, x_LX.shape[1])
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def limit(self, readers_first):
+        """Returns 0 for the pairs that see each other, and -inf for others; and which of them are two tokens."""
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+        since = first - second if readers_first else second - first
+        same = (self._documents_LL == self._documents_1L) & (self._documents_LL >= 0)
+        return jnp.where(same & (since >= 0), 0.0, -jnp.inf), since > 0
+
+    def logs_LL(self, n):
+        """Returns the cumulative logs of head n as columns, in parts."""
+        return [self._column(x, n) for x in self._columns[:-1]]
+
+    def beta_LL(self, n):
+        return self._column(self._columns[-1], n)
+
+    def logs_1L(self, n):
+        return [x[n : n + 1] for x in self._logs]
+
+    def reads_LX(self, logs_LL, width):
+        return _widen(jnp.where(self._documents_LL == 0, _exp(logs_LL), 0), width)
+
+    def writes_LX(self, n, logs_LL, width):
+        end = [x[n : n + 1] for x in self._end]
+        return _widen(jnp.where(self._documents_LL == self._last_11, _exp(_minus(end, logs_LL)), 0), width)
+
+    def _column(self, x_LN, n):
+        return jnp.broadcast_to(x_LN[:, n : n + 1], (CHUNK, CHUNK))
+
+
+def _minus(later, earlier):
+    return [x - y for x, y in zip(later, earlier, strict=True)]
+
+
+def _exp(parts: list[jax.Array], limit: jax.Array | float = 0.0) -> jax.Array:
+    """exp of a log in parts; it is at most `limit`, which is 0 or, for what is not to be seen, -inf."""
+    return jnp.exp(jnp.minimum(functools.reduce(jnp.add, parts), limit))
+
+
+def _widen(same_LL, width):
+    """Returns `LX` of an array whose lanes are all the same."""
+    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
+
+
+def forward(rule: Rule, blocks: Blocks, *refs):
+    documents_1L, gates_ref, q_ref, k_ref, v_ref, start_NHP, o_ref, last_NHP, *kept, S_NHP = refs
+
+    @pl.when(pl.program_id(2) == 0)
+    def _first():
+        S_NHP[...] = start_NHP[...]
+
+    if kept:
+        kept[0][...] = S_NHP[...].astype(kept[0].dtype)
+    gates, product = Gates(gates_ref, documents_1L[...]), rule.product
+    limit_LL, apart_LL = gates.limit(readers_first=True)
+    # 1. Scores, and what the state holds.
+    qk_LL, kk_LL, q_reads, k_reads, written, systems = {}, {}, {}, {}, {}, []
+    for key, heads in (pair for unit in blocks.units for pair in unit):
+        q_LH, k_LH = blocks.keys.read(q_ref, key), gates.clear(blocks.keys.read(k_ref, key))
+        k_HL, both = k_LH.T, rule.rounded(jnp.concatenate([q_LH, k_LH]))
+        scores = product(both, k_HL)
+        for n in heads:
+            qk_LL[n], kk_LL[n], written[n] = scores[:CHUNK], scores[CHUNK:], k_HL
+            reads = product(both, S_NHP[n])
+            q_reads[n], k_reads[n] = reads[:CHUNK], reads[CHUNK:]
+    # 2. The systems.
+    for n in range(blocks.size):
+        pairs_LL = _exp(_minus(gates.logs_LL(n), gates.logs_1L(n)), limit_LL) * gates.beta[n : n + 1]
+        systems.append(jnp.where(apart_LL, kk_LL[n] * pairs_LL, 0))
+        qk_LL[n] = rule.rounded(qk_LL[n] * pairs_LL)
+    # 3. Their inverses.
+    inverses = [rule.rounded(x_LL) for x_LL in triangular.inverses(systems, rule.exact)]
+    # 4. What tokens write, what they read, and the state after them.
+    for unit in blocks.units:
+        o = []
+        for n in (n for _, heads in unit for n in heads):
+            if kept:
+                kept[1][n] = inverses[n]
+            reads_LP = gates.reads_LX(gates.logs_LL(n), blocks.P)
+            x_LP = gates.clear(blocks.values.read(v_ref, n)) - reads_LP * k_reads[n]
+            d_LP = rule.rounded(product(inverses[n], x_LP))
+            o.append(rule.scale * gates.clear(product(qk_LL[n], d_LP) + reads_LP * q_reads[n]))
+            writes_1L = gates.writes[n : n + 1] * gates.beta[n : n + 1]
+            S_NHP[n] = gates.keep[n : n + 1] * S_NHP[n] + product(written[n] * writes_1L, d_LP)
+        blocks.values.write(o_ref, unit[0][1][0], o)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _last():
+        last_NHP[...] = S_NHP[...]
+
+
+def backward(rule: Rule, blocks: Blocks, *refs):
+    documents_1L, gates_ref, q_ref, k_ref, v_ref, do_ref, states_NHP, inverse_NLL, dlast_NHP, *outputs, dS_NHP = refs
+    dq_ref, dk_ref, dv_ref, dgates_ref, dstart_NHP = outputs
+
+    @pl.when(pl.program_id(2) == 0)
+    def _first():
+        dS_NHP[...] = dlast_NHP[...]
+
+    gates, product, rounded = Gates(gates_ref, documents_1L[...]), rule.product, rule.rounded
+    limit_LL, apart_LL = gates.limit(readers_first=False)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+    for unit in blocks.units:
+        dq, dk, dv = [], [], []
+        for key, heads in unit:
+            q_LH, k_LH = (gates.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref))
+            q_LH = rule.scale * q_LH
+            q_HL, k_HL = q_LH.T, k_LH.T
+            q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
+            qkT_LL, kk_LL = product(k, q_HL), product(k, kT)
+            dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
+            for n in heads:
+                v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
+                do, S, dS_HP, inverse_LL = rounded(do_LP), rounded(states_NHP[n]), dS_NHP[n], inverse_NLL[n]
+                dS = rounded(dS_HP)
+                logs_LL, beta_LL = gates.logs_LL(n), gates.beta_LL(n)
+                reads_1L, keep_11 = gates.reads[n : n + 1], gates.keep[n : n + 1]
+                # 1. What the forward pass knew.
+                pairs_LL = _exp(_minus(gates.logs_1L(n), logs_LL), limit_LL)
+                a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk_LL * pairs_LL, 0)
+                x_LP = v_LP - gates.reads_LX(logs_LL, blocks.P) * product(k, S)
+                d_LP = product(inverse_LL, x_LP)
+                d = rounded(d_LP)
+                # 2. Through what tokens write, and the system.
+                put_LP = gates.writes_LX(n, logs_LL, blocks.P) * product(k, dS)
+                dd_LP = _widen(beta_LL, blocks.P) * (product(a_LL, do) + put_LP)
+                dx_LP = product(inverse_LL.T, dd_LP)
+                dx = rounded(dx_LP)
+                # 3. Within the chunk.
+                da_LL, dc_LL = product(d, do, "nt"), -product(d, dx, "nt")
+                e_LL = da_LL * a_LL + dc_LL * c_LL
+                pairs_LL *= beta_LL
+                dqk, dkk = rounded(da_LL * pairs_LL), rounded(jnp.where(apart_LL, dc_LL * pairs_LL, 0))
+                # 4. Through the states at the chunk's borders.
+                dread_q_HL, dread_k_HL = reads_1L * product(S, do, "nt"), -reads_1L * product(S, dx, "nt")
+                writes_LH = gates.writes_LX(n, logs_LL, blocks.H) * _widen(beta_LL, blocks.H)
+                dqT_HL += product(kT, dqk) + dread_q_HL
+                dkT_HL += product(kT, dkk) + dread_k_HL
+                dk_LH += product(dqk, q) + product(dkk, k) + writes_LH * product(d, dS, "nt")
+                dS_NHP[n] = keep_11 * dS_HP + product(q_HL * reads_1L, do) - product(k_HL * reads_1L, dx)
+                dv.append(dx_LP)
+                # 5. The decays, and beta.
+                rows_1L = jnp.sum(beta_LL * e_LL, axis=0, keepdims=True)
+                rows_1L += jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
+                e_L1, put_L1 = (jnp.sum(x, axis=1, keepdims=True) for x in (e_LL, d_LP * put_LP))
+                columns_LL = jnp.where(lane == n, e_L1, jnp.where(lane == TILE + n, put_L1, columns_LL))
+                whole_11 = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
+                dgates_ref[0, n : n + 1] = rows_1L
+                dgates_ref[1, n : n + 1] = jnp.broadcast_to(whole_11, (1, CHUNK))
+            dq.append(rule.scale * dqT_HL.T)
+            dk.append(dk_LH + dkT_HL.T)
+        (key, heads), *_ = unit
+        blocks.dkeys.write(dq_ref, key, dq)
+        blocks.dkeys.write(dk_ref, key, dk)
+        blocks.values.write(dv_ref, heads[0], dv)
+    rows_LL, beta_NL = columns_LL.T, gates.beta
+    e_NL, put_NL = rows_LL[:TILE], rows_LL[TILE : 2 * TILE]
+    reader, token = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+    later_NL = dgates_ref[0] - beta_NL * e_NL
+    dg_NL = dot(later_NL, jnp.where(reader >= token, 1.0, 0.0), "nn", exact=True) + dgates_ref[1]
+    dg_NL += dot(beta_NL * put_NL, jnp.where(reader < token, 1.0, 0.0), "nn", exact=True)
+    dgates_ref[0] = jnp.where(documents_1L[...] >= 0, dg_NL, 0)
+    dgates_ref[1] = e_NL + put_NL
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _last():
+        dstart_NHP[...] = dS_NHP[...]
