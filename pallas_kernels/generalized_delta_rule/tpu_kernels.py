@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, join, take
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
+
+# Of a register.
+_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,31 @@ def _quarters(x: jax.Array) -> list[jax.Array]:
     return [part for half in _halves(x) for part in jnp.split(half, 2, axis=1)]
 
 
+# A level's product with two factors at once. They have rows in blocks of one `half`: the first keeps its place and, if
+# blocks fill registers, the second is moved to the blocks of the other half, where nothing else would be.
+
+
+def _pair(x: jax.Array, y: jax.Array, m: int, half: int) -> jax.Array:
+    """Returns both factors, from the rows that `take` takes."""
+    if m < _ROWS:
+        return _stack(x, y)
+    return join([x, y] if half == FIRST else [y, x], m)
+
+
+def _unpair(scores: jax.Array, m: int, half: int) -> list[jax.Array]:
+    """Returns the products with each of the two, given that with their `_pair`."""
+    if m < _ROWS:
+        return jnp.split(scores, 2, axis=1)
+    return [scores, pltpu.roll(scores, CHUNK - m if half == FIRST else m, 1)]
+
+
+def _pair_columns(x: jax.Array, y: jax.Array, m: int, half: int) -> jax.Array:
+    """Returns what to multiply a `_pair` by, for the sum of x times the first and y times the second."""
+    if m < _ROWS:
+        return _beside(x, y)
+    return x + pltpu.roll(y, m if half == FIRST else CHUNK - m, 1)
+
+
 def _row_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1, keepdims=True)
 
@@ -68,7 +96,7 @@ def forward(rule, blocks, flags_1L, *refs):
     *keys, v_ref, g_ref, S_NHP, o_ref, last_NHP = refs[:9]
     *kept, S_NPH = refs[9:]
     start(S_NPH, S_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     systems, waiting = [], []
     # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
     # take no longer for many than for one.
@@ -83,9 +111,9 @@ def forward(rule, blocks, flags_1L, *refs):
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = _stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
-                written = _stack(*(fill(take(x_LH, m, FIRST) * of, m, FIRST) for x_LH in (b_LH, k_LH)))
-                for of_pair, scores in zip(found, _quarters(product(readers, written, "nt")), strict=True):
-                    of_pair[m] = scores
+                written = _pair(*(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)), m, FIRST)
+                for i, scores in enumerate(_halves(product(readers, written, "nt"))):
+                    found[2 * i][m], found[2 * i + 1][m] = _unpair(scores, m, FIRST)
             qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
             of_v, up_v = _halves(product(_stack(qk_LL, uk_LL), v_LP, "nn"))
             reads = _stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
@@ -110,7 +138,7 @@ def backward(rule, blocks, *refs):
     flags_1L, *keys, v_ref, g_ref, do_ref, states_NPH, inverses_NLL, dlast_NHP = refs[:11]
     *dkeys, dv_ref, dg_ref, dS_NHP, dS_NPH = refs[11:]
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, a_LH, b_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -124,10 +152,10 @@ def backward(rule, blocks, *refs):
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
-            readers = _stack(*(fill(take(x_LH, m, SECOND) * to, m, SECOND) for x_LH in (q_LH, up_LH)))
-            levels[m] = to, of, readers, _stack(*(fill(x, m, FIRST) for x in written))
-            for of_pair, scores in zip(found, _quarters(product(_stack(*written), readers, "nt")), strict=True):
-                of_pair[m] = scores
+            readers = _pair(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)), m, SECOND)
+            levels[m] = to, of, readers, _pair(*written, m, FIRST)
+            for i, scores in enumerate(_halves(product(_stack(*written), readers, "nt"))):
+                found[2 * i][m], found[2 * i + 1][m] = _unpair(scores, m, SECOND)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
         held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
@@ -147,21 +175,25 @@ def backward(rule, blocks, *refs):
         dg_LH += product(pairs.earlier(), b_LH * dput_b + k_LH * dput_k, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(_stack(do_LP, dx_LP), reads, "tn")
         # 4. Within the chunk.
-        by_reader, by_written = product(dreads, written_LP, "nt"), product(written_LP, dreads, "nt")
-        by_reader, by_written = _quarters(by_reader), _quarters(by_written)
+        dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(product(dreads, written_LP, "nt"))
+        dbq_LL, dkq_LL, dbu_LL, dku_LL = (x_LL.T for x_LL in (dqb_LL, dqk_LL, dub_LL, duk_LL))
         near = [jnp.zeros_like(q_LH) for _ in range(4)]
         far = [dq_far, dup_far, *(jnp.zeros_like(q_LH) for _ in range(2))]
         for m, (to, of, readers, written) in levels.items():
-            picked = [pairs.pick(d_LL, m, SECOND) for d_LL in by_reader]
-            picked = _stack(_beside(*picked[:2]), _beside(*picked[2:]))
-            dq, dup = (to * d for d in _halves(product(picked, written, "nn")))
-            picked = [pairs.pick(d_LL, m, FIRST) for d_LL in by_written]
-            picked = _stack(_beside(*picked[:2]), _beside(*picked[2:]))
-            db, dk = (of * d for d in _halves(product(picked, readers, "nn")))
-            sums = near if m < 8 else far
+            of_scores = [
+                _pair_columns(*(pairs.pick(d_LL, m, SECOND) for d_LL in of_reader), m, FIRST)
+                for of_reader in ((dqb_LL, dqk_LL), (dub_LL, duk_LL))
+            ]
+            dq, dup = (to * d for d in _halves(product(_stack(*of_scores), written, "nn")))
+            of_scores = [
+                _pair_columns(*(pairs.pick(d_LL, m, FIRST) for d_LL in of_written), m, SECOND)
+                for of_written in ((dbq_LL, dbu_LL), (dkq_LL, dku_LL))
+            ]
+            db, dk = (of * d for d in _halves(product(_stack(*of_scores), readers, "nn")))
+            sums = near if m < _ROWS else far
             for i, (d, half) in enumerate(((dq, SECOND), (dup, SECOND), (db, FIRST), (dk, FIRST))):
                 sums[i] = add(sums[i], d, m, half)
-        for reach, (dq, dup, db, dk) in ((8, near), (CHUNK, far)):
+        for reach, (dq, dup, db, dk) in ((_ROWS, near), (CHUNK, far)):
             rows_LH = q_LH * dq + up_LH * dup - b_LH * db - k_LH * dk
             dg_LH += product(pairs.later(reach), rows_LH, "nn")
         # 5. Together, with what tokens read of themselves and a of the token before it.
