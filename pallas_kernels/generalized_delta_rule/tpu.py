@@ -24,6 +24,8 @@ def unsupported(q, k, v, a, b, g):
     """Returns why these arguments need another implementation, or None."""
     if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (a, b)):
         return f"a {a.dtype} and b {b.dtype}; they have to be float32 or bfloat16"
+    if walk.is_exact(q, k, v, a, b) and min(q.shape[3], v.shape[3]) > 128:
+        return f"keys and values that are both wider than 128 in float32, here {q.shape[3]} and {v.shape[3]}"
     return walk.unsupported(q, k, v, g)
 
 

@@ -125,5 +125,7 @@ def test_padding_may_hold_anything(impl):
 def test_unsupported():
     with pytest.raises(ValueError, match="heads wider than 256"):
         generalized_delta_rule(**arguments(3, 1, 1, 257, 4), impl="tpu")
+    with pytest.raises(ValueError, match="both wider than 128"):  # they would not fit into VMEM
+        generalized_delta_rule(**arguments(3, 1, 1, 130, 130), impl="tpu")
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         generalized_delta_rule(**arguments(3, 1, 1, 4, 4, dtype=jnp.float16), impl="tpu")
