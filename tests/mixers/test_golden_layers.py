@@ -29,6 +29,7 @@ from efficient_lm.mixers import (
     LinearTransformerConfig,
     Mamba2Config,
     MambaConfig,
+    MesaNetConfig,
     Mixer,
     MixerConfig,
     MLSTMConfig,
@@ -194,6 +195,24 @@ def gated_deltaproduct(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arra
         "A_log": p["A_log"],
         "dt_bias": p["dt_bias"],
         "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def mesanet(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, W = settings["num_heads"], settings["head_dim"], settings["conv_size"]
+    return MesaNetConfig(num_heads=N, key_dim=H, value_dim=H, conv_size=W), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "beta_bias": p["b_proj.bias"],
+        "decay_proj.kernel": p["a_proj.weight"].T,
+        "decay_bias": p["a_proj.bias"],
+        "q_conv.kernel": p["q_conv1d.weight"].reshape(N, H, W),
+        "k_conv.kernel": p["k_conv1d.weight"].reshape(N, H, W),
+        "ridge": p["lambda_params"].reshape(N, H),
+        "norm.scale": p["o_norm.weight"],
         "o_proj.kernel": heads_out(p["o_proj.weight"], N),
     }
 
@@ -453,6 +472,7 @@ CACHED = {
     "layer_deltanet_without_conv": deltanet,
     "layer_gated_deltaproduct": gated_deltaproduct,
     "layer_gated_deltaproduct_three": gated_deltaproduct,
+    "layer_mesanet": mesanet,
 }
 CASES = CACHED | {
     "layer_qwen3_next_attention": qwen3_next_attention,
