@@ -33,6 +33,7 @@ RECURRENCES = (
     "linear_attention_channel",
     "delta_rule",
     "delta_rule_channel",
+    "generalized_delta_rule",
     "diagonal_scan",
     "selective_scan",
     "short_conv",
@@ -110,13 +111,15 @@ def draw(rng: np.random.Generator, name: str, x: jax.ShapeDtypeStruct, num_docum
         ids = 1 + np.arange(x.shape[1]) * num_documents // x.shape[1]
         return jnp.asarray(np.broadcast_to(ids, x.shape), x.dtype)
     z = rng.normal(size=x.shape)
+    unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
     values: dict[str, Any] = {
         "g": -0.1 * np.abs(z),
         "beta": 1 / (1 + np.exp(-z)),
-        "a": 1 / (1 + np.exp(-2 - z)),
+        "a": unit if z.ndim == 4 else 1 / (1 + np.exp(-2 - z)),  # of heads, or of a scan
+        "b": unit,
         "A": -np.exp(z),
         "dt": 0.1 * np.abs(z),
-        "k": z / np.linalg.norm(z, axis=-1, keepdims=True),
+        "k": unit,
     }
     return jnp.asarray(values.get(name, z), x.dtype)
 

@@ -99,6 +99,12 @@ CASES = {
     "delta_rule_channel": Case(
         kernels.delta_rule, {**_HEADS, "beta": "f32[BTN]", "g": "f32[BTNH]", **_STATE}, _HEADS_OUT, tpu_kernel=False
     ),
+    "generalized_delta_rule": Case(
+        kernels.generalized_delta_rule,
+        {**_HEADS, "a": "bf16[BTKH]", "b": "bf16[BTKH]", "g": "f32[BTNH]", **_STATE},
+        _HEADS_OUT,
+        tpu_kernel=True,
+    ),
     "diagonal_scan": Case(
         kernels.diagonal_scan,
         {"a": "f32[BTF]", "x": "f32[BTF]", "state": "f32[BF]", "segment_ids": "s32[BT]"},

@@ -104,6 +104,21 @@ class ShortConv(nnx.Module):
         return run(x, self.kernel[...].astype(x.dtype), bias, state, segment_ids)
 
 
+def token_before(
+    x: Float[Array, "B T D"],
+    state: Float[Array, "B W D"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W D"]]:
+    """Returns, for each token, the one before it in its document, zero before the first; and the last one, W = 1."""
+
+    def shift(x, state, segment_ids):
+        w_DW = jnp.tile(jnp.array([1, 0], x.dtype), (x.shape[-1], 1))
+        return kernels.short_conv(x, w_DW, state=state, segment_ids=segment_ids)
+
+    return per_shard(shift, "BTD,BWD,BT", "BTD,BWD")(x, state, segment_ids)
+
+
 def rms_normalize(
     x: Float[Array, "..."], *, axes: int | tuple[int, ...] = -1, eps: float = 1e-6
 ) -> Float[Array, "..."]:

@@ -12,7 +12,7 @@ from efficient_lm.ffns import FFNConfig
 from efficient_lm.ffns.base import Aux
 from efficient_lm.layers import RMSNorm
 from efficient_lm.mixers import MixerConfig
-from efficient_lm.mixers.base import State
+from efficient_lm.mixers.base import Shared, SharingMixer, State
 from efficient_lm.sharding import einsum, shard, spec
 
 
@@ -32,14 +32,18 @@ class Block(nnx.Module):
         self.ffn = None if cfg.ffn is None else cfg.ffn.build(d_model, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], State, Aux]:
-        y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
+        self, x: Float[Array, "B T D"], state: State, shared: Shared, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State, Shared, Aux]:
+        """Returns x, the state, what the blocks after this shall see of those before, and what the ffn reports."""
+        if isinstance(self.mixer, SharingMixer):
+            y_BTD, state, shared = self.mixer.share(self.mixer_norm(x), state, shared, segment_ids=segment_ids)
+        else:
+            y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
         x, aux = x + y_BTD, {}
         if self.ffn is not None and self.ffn_norm is not None:
             y_BTD, aux = self.ffn(self.ffn_norm(x))
             x = x + y_BTD
-        return x, state, aux
+        return x, state, shared, aux
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,25 +146,29 @@ class LanguageModel(nnx.Module):
         else:
             x_BTD = embedding_VD.at[tokens].get(out_sharding=spec("BTD"))
 
-        def walk(x_BTD, layers):
+        def walk(x_BTD, shared, layers):
             blocks, states = layers
             new_states, auxes = [], []
             for block, block_state in zip(blocks, states or [None] * len(blocks), strict=True):
-                x_BTD, block_state, aux = block(x_BTD, block_state, segment_ids=segment_ids)
+                x_BTD, block_state, shared, aux = block(x_BTD, block_state, shared, segment_ids=segment_ids)
                 new_states.append(block_state)
                 auxes.append(aux)
-            return x_BTD, (new_states if states else None, auxes)
+            return x_BTD, shared, (new_states if states else None, auxes)
 
         if self.cfg.remat != "nothing":
             policies = jax.checkpoint_policies
             keep = policies.dots_with_no_batch_dims_saveable if self.cfg.remat == "dots" else policies.nothing_saveable
             walk = jax.checkpoint(walk, policy=keep)
 
-        x_BTD, (prefix, prefix_aux) = walk(x_BTD, (self.prefix, state and state.prefix))
+        def walk_period(x_BTD, layers):
+            x_BTD, _, out = walk(x_BTD, shared, layers)  # What a period's blocks leave, they leave for that period.
+            return x_BTD, out
+
+        x_BTD, shared, (prefix, prefix_aux) = walk(x_BTD, {}, (self.prefix, state and state.prefix))
         periods, periods_aux = [], []
         if len(self.periods):
-            x_BTD, (periods, periods_aux) = jax.lax.scan(walk, x_BTD, (self.periods, state and state.periods))
-        x_BTD, (tail, tail_aux) = walk(x_BTD, (self.tail, state and state.tail))
+            x_BTD, (periods, periods_aux) = jax.lax.scan(walk_period, x_BTD, (self.periods, state and state.periods))
+        x_BTD, _, (tail, tail_aux) = walk(x_BTD, shared, (self.tail, state and state.tail))
         new_state = state and ModelState(prefix or [], periods or [], tail or [])
         return self.norm(x_BTD), new_state, _mean_aux([*prefix_aux, *periods_aux, *tail_aux])
 

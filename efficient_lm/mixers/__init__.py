@@ -36,5 +36,7 @@ from efficient_lm.mixers.rglru import RGLRU as RGLRU
 from efficient_lm.mixers.rglru import RGLRUConfig as RGLRUConfig
 from efficient_lm.mixers.rwkv6 import RWKV6 as RWKV6
 from efficient_lm.mixers.rwkv6 import RWKV6Config as RWKV6Config
+from efficient_lm.mixers.rwkv7 import RWKV7 as RWKV7
+from efficient_lm.mixers.rwkv7 import RWKV7Config as RWKV7Config
 from efficient_lm.mixers.s4d import S4D as S4D
 from efficient_lm.mixers.s4d import S4DConfig as S4DConfig

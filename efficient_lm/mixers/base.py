@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
+type Shared = Mapping[str, Array]  # What layers leave for later ones, by name: "BT...", of the same tokens.
 type Leaf = Any  # An array of a state; or what stands for it: one with layers in front, a shape, a sharding.
 
 
@@ -58,3 +60,26 @@ class Mixer(nnx.Module):
         state belongs to the document of the row's first token.
         """
         raise NotImplementedError
+
+
+class SharingMixer(Mixer):
+    """A mixer that sees what earlier layers left for later ones, and may leave something itself.
+
+    What is shared are activations of the tokens at hand, not part of the state.
+    """
+
+    def share(
+        self, x: Float[Array, "B T D"], state: State, shared: Shared, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State, Shared]:
+        """Mixes as `__call__` does; takes what the layers before left, and returns what those after shall see.
+
+        Raises:
+          ValueError: what it needs was not left.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        y_BTD, state, _ = self.share(x, state, {}, segment_ids=segment_ids)
+        return y_BTD, state

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
-from efficient_lm.layers import Einsum, layer_normalize
+from efficient_lm.layers import Einsum, layer_normalize, token_before
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
@@ -85,7 +85,7 @@ class RWKV6(Mixer):
     def __call__(
         self, x: Float[Array, "B T D"], state: RWKV6State | None = None, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RWKV6State | None]:
-        before_BTD, last_BWD = per_shard(_token_before, "BTD,BWD,BT", "BTD,BWD")(x, state and state.x, segment_ids)
+        before_BTD, last_BWD = token_before(x, state and state.x, segment_ids=segment_ids)
         change_BTD = before_BTD - x
         mixed_BTD = x + change_BTD * self.mix[...].astype(x.dtype)
         mix_BTMD = self.mix_up_proj(jnp.tanh(self.mix_down_proj(mixed_BTD))) + self.mix_bias[...].astype(x.dtype)
@@ -107,9 +107,3 @@ class RWKV6(Mixer):
         o_BTNP = layer_normalize(o_BTNP.astype(jnp.float32), eps=64e-5) * self.norm_scale[...] + self.norm_bias[...]
         o_BTNP = o_BTNP * jax.nn.silu(self.gate_proj(for_gate).astype(jnp.float32))
         return self.o_proj(o_BTNP.astype(x.dtype)), state and RWKV6State(S_BNHP, last_BWD)
-
-
-def _token_before(x, state, segment_ids):
-    """Returns, for each token, the one before it in its document, zero before the first; and the last one."""
-    w_DW = jnp.tile(jnp.array([1, 0], x.dtype), (x.shape[-1], 1))
-    return kernels.short_conv(x, w_DW, state=state, segment_ids=segment_ids)

@@ -30,26 +30,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.doubling import FIRST, SECOND, Decays, Pairs, add, dot, fill, take
-from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags, widen
-
-CHUNK = 128
-_LOG2_E = 1.4426950408889634
-# exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
-_CLOSED = -200.0
-# What does not fit into registers is kept in VMEM.
-_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
-)
+from pallas_kernels.common import walk
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.head_blocks import Blocks, flags, widen
+from pallas_kernels.common.walk import CHUNK, PARAMS, Tokens, finish, is_exact, start
 
 
 def unsupported(q, k, v, g):
     """Returns why these arguments need another implementation, or None."""
-    if any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in (q, k, v)) or g.dtype != jnp.float32:
-        return f"q {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be float32 or bfloat16"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"heads wider than 256, and here keys have {q.shape[3]} and values {v.shape[3]}"
-    return None
+    return walk.unsupported(q, k, v, g)
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
@@ -64,7 +53,7 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         out_specs=[spec.values, spec.state],
         out_shape=[blocks.values.shape(v.dtype), _like(state_BNHP)],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), state_BNHP)
     return blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)
 
@@ -87,7 +76,7 @@ def backward(scale, before, inputs, cotangents):
             (blocks.B, blocks.grid[2], blocks.N, blocks.P, blocks.H), jnp.float32 if rule.exact else jnp.bfloat16
         ),
         scratch_shapes=scratch,
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(flags_B1T, *packed[1:], state_BNHP)
     spec = blocks.specs(backwards=True)
     dq, dk, dv, dg, dstate_BNHP = pl.pallas_call(
@@ -106,7 +95,7 @@ def backward(scale, before, inputs, cotangents):
             _like(state_BNHP),
         ],
         scratch_shapes=scratch,
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(flags_B1T, *packed, blocks.values.to_kernel(widen(do, 3)), states, widen(dlast, 2, 3))
     return (
         blocks.key_gradient(dq, q),
@@ -135,49 +124,15 @@ class _Rule:
 
     @classmethod
     def of(cls, scale, before, q, k, v):
-        return cls(scale, before, any(x.dtype == jnp.float32 for x in (q, k, v)))
+        return cls(scale, before, is_exact(q, k, v))
 
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
 
 
-class _Tokens:
-    """Which tokens of the chunk are real and which start a document. What is not real, or beyond T, may be anything."""
-
-    def __init__(self, flags_1L: jax.Array):
-        flags_LL = jnp.broadcast_to(flags_1L, (CHUNK, CHUNK)).astype(jnp.float32).T.astype(jnp.int32)
-        starts_LL = flags_LL & STARTS > 0
-        self._real_LL = jnp.where(flags_LL & REAL > 0, -1, 0)
-        self._goes_on_LL = jnp.where(starts_LL, 0, self._real_LL)
-        self._most_LL = jnp.where(starts_LL, _CLOSED, 0.0)
-
-    def clear(self, x_LX: jax.Array) -> jax.Array:
-        """Returns x with zeros, in place of NaN too, for what is not real."""
-        return _and(x_LX, self._real_LL)
-
-    def clear_starts(self, x_LX: jax.Array) -> jax.Array:
-        """Returns x with zeros for what is not real and for the starts of documents."""
-        return _and(x_LX, self._goes_on_LL)
-
-    def decays(self, g_LH: jax.Array, before: bool) -> Decays:
-        most_LH = _widen_lanes(self._most_LL, g_LH.shape[1])
-        logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
-        return Decays(logs_LH, most_LH if before else logs_LH)
-
-
-def _widen_lanes(same_LL: jax.Array, width: int) -> jax.Array:
-    """Returns `LX` of an array whose lanes are all the same."""
-    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
-
-
-def _and(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
-    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen_lanes(bits_LL, x_LX.shape[1])
-    return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
-
-
 def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
-    _start(S_NPH, S_NHP)
-    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+    start(S_NPH, S_NHP)
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP = tokens.clear(blocks.values.read(v_ref, n))
@@ -199,12 +154,12 @@ def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o
             k_LH = tokens.clear(blocks.keys.read(k_ref, key))
             o += [head(q_LH, k_LH, n) for n in heads]
         blocks.values.write(o_ref, unit[0][1][0], o)
-    _finish(S_NPH, last_NHP)
+    finish(S_NPH, last_NHP)
 
 
 def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
-    _start(S_NPH, S_NHP)
-    tokens = _Tokens(flags_1L[...])
+    start(S_NPH, S_NHP)
+    tokens = Tokens(flags_1L[...])
     for unit in blocks.units:
         for key, heads in unit:
             k_LH = tokens.clear(blocks.keys.read(k_ref, key))
@@ -219,8 +174,8 @@ def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NP
 def _backward_kernel(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
-    _start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = _Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
+    start(dS_NPH, dlast_NHP)
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, rule.before), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -270,18 +225,4 @@ def _backward_kernel(rule, blocks, *refs):
         blocks.dkeys.write(dk_ref, key, dk)
         blocks.values.write(dv_ref, heads[0], dv)
         blocks.decays.write(dg_ref, heads[0], dg)
-    _finish(dS_NPH, dS_NHP)
-
-
-def _start(S_NPH, S_NHP):
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for n in range(S_NPH.shape[0]):
-            S_NPH[n] = S_NHP[n].T
-
-
-def _finish(S_NPH, S_NHP):
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _():
-        for n in range(S_NPH.shape[0]):
-            S_NHP[n] = S_NPH[n].T
+    finish(dS_NPH, dS_NHP)

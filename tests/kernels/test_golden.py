@@ -14,6 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 OPS = [
     "linear_attention",
     "delta_rule",
+    "generalized_delta_rule",
     "diagonal_scan",
     "selective_scan",
     "short_conv",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from pair import PairConfig
 
 from efficient_lm import mixers
 from efficient_lm.mixers import (
@@ -29,6 +30,7 @@ from efficient_lm.mixers import (
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
+    RWKV7Config,
     S4DConfig,
 )
 from efficient_lm.sharding import shard
@@ -50,12 +52,17 @@ TINY = [
     MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
     RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
     RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
+    RWKV7Config(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, rate_rank=6, gate_rank=10),
     HGRNConfig(width=48, lower_bound=0.25),
     Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
     RGLRUConfig(width=48, num_heads=4),
     S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
 ]
+
+RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
+# A mixer that needs what an earlier layer left, with that layer.
+PAIR = PairConfig(first=RWKV7, second=dataclasses.replace(RWKV7, value_rank=2))
 
 
 def test_every_mixer_is_covered():
@@ -64,7 +71,7 @@ def test_every_mixer_is_covered():
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", TINY, ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+@pytest.mark.parametrize("cfg", [*TINY, PAIR], ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
 def test_promise(cfg, promise):
     promise(cfg)
 

@@ -4,6 +4,7 @@ Each case rearranges the other library's parameters into ours, differentiably: g
 library's names.
 """
 
+import dataclasses
 import json
 import operator
 import pathlib
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pair import PairConfig
 
 from efficient_lm.mixers import (
     AttentionConfig,
@@ -36,6 +38,7 @@ from efficient_lm.mixers import (
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
+    RWKV7Config,
     S4DConfig,
 )
 from efficient_lm.rotary import Llama3Scaling, RotaryConfig
@@ -398,6 +401,42 @@ def rwkv6(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     }
 
 
+def rwkv7_pair(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    H = settings["head_dim"]
+    N = settings["hidden_size"] // H
+    first = RWKV7Config(
+        num_heads=N,
+        key_dim=H,
+        value_dim=H,
+        decay_rank=settings["decay_low_rank_dim"],
+        rate_rank=settings["a_low_rank_dim"],
+        gate_rank=settings["gate_low_rank_dim"],
+    )
+    second = dataclasses.replace(first, value_rank=settings["v_low_rank_dim"])
+    ours = {}
+    for layer in ("first", "second"):
+        projections = {"decay": "w", "rate": "a", "gate": "g"} | ({"first_share": "v"} if layer == "second" else {})
+        for name, letter in projections.items():
+            lora = f"{layer}.{letter}_lora.lora"
+            ours[f"{layer}.{name}.down_proj.kernel"] = p[f"{lora}.0.weight"].T
+            ours[f"{layer}.{name}.up_proj.kernel"] = heads_in(p[f"{lora}.2.weight"], N)
+            if f"{lora}.2.bias" in p:
+                ours[f"{layer}.{name}.bias"] = p[f"{lora}.2.bias"].reshape(N, H)
+        ours |= {
+            f"{layer}.mix": jnp.concatenate([p[f"{layer}.x_{letter}"][0] for letter in "rwkvag"]),
+            f"{layer}.q_proj.kernel": heads_in(p[f"{layer}.r_proj.weight"], N),
+            f"{layer}.k_proj.kernel": heads_in(p[f"{layer}.k_proj.weight"], N),
+            f"{layer}.v_proj.kernel": heads_in(p[f"{layer}.v_proj.weight"], N),
+            f"{layer}.replaced_scale": p[f"{layer}.k_k"].reshape(N, H),
+            f"{layer}.rate_scale": p[f"{layer}.k_a"].reshape(N, H),
+            f"{layer}.bonus": p[f"{layer}.r_k"],
+            f"{layer}.norm_scale": p[f"{layer}.g_norm.weight"].reshape(N, H),
+            f"{layer}.norm_bias": p[f"{layer}.g_norm.bias"].reshape(N, H),
+            f"{layer}.o_proj.kernel": heads_out(p[f"{layer}.o_proj.weight"], N),
+        }
+    return PairConfig(first=first, second=second), ours
+
+
 def mlstm(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     D, N = settings["hidden_size"], settings["num_heads"]
     H, P = int(D * settings["qk_dim_factor"]) // N, int(D * settings["v_dim_factor"]) // N
@@ -489,6 +528,7 @@ CASES = CACHED | {
     "layer_hgrn2": hgrn2,
     "layer_hgrn2_bound": hgrn2,
     "layer_rwkv6": rwkv6,
+    "layer_rwkv7_pair": rwkv7_pair,
     "layer_mlstm": mlstm,
     "layer_mlstm_wide": mlstm,
     "layer_recurrent_gemma": rglru,

@@ -1,0 +1,190 @@
+"""The TPU kernels of the generalized delta rule; `tpu.py` says what they compute."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common import triangular
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the kernels compute; products of float32 are `exact`."""
+
+    scale: float
+    exact: bool
+    keep: bool
+
+    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
+        return dot(x, y, sides, self.exact)
+
+
+def _stack(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays, axis=0)
+
+
+def _beside(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays, axis=1)
+
+
+def _halves(x: jax.Array) -> list[jax.Array]:
+    """Undoes `_stack` of two."""
+    return jnp.split(x, 2, axis=0)
+
+
+def _quarters(x: jax.Array) -> list[jax.Array]:
+    """Returns the products of two with two: of the first with both, then of the second."""
+    return [part for half in _halves(x) for part in jnp.split(half, 2, axis=1)]
+
+
+def _row_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _up(x_LX: jax.Array) -> jax.Array:
+    """Moves each token's row to the token before it; the last row is zero."""
+    return jnp.where(_row(x_LX) < CHUNK - 1, pltpu.roll(x_LX, CHUNK - 1, 0), 0)
+
+
+def _down(x_LX: jax.Array, first: jax.Array | float = 0.0) -> jax.Array:
+    """Moves each token's row to the token after it; the first row is that of `first`."""
+    return jnp.where(_row(x_LX) > 0, pltpu.roll(x_LX, 1, 0), first)
+
+
+def _row(x_LX: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, x_LX.shape, 0)
+
+
+def _keys(rule, blocks, tokens, key, q_ref, k_ref, a_ref, b_ref):
+    """Returns q, k, a and b of a key head. At the start of a document there is nothing to be read."""
+    q_LH, k_LH, b_LH = (tokens.clear(blocks.keys.read(ref, key)) for ref in (q_ref, k_ref, b_ref))
+    return rule.scale * q_LH, k_LH, tokens.clear_starts(blocks.keys.read(a_ref, key)), b_LH
+
+
+def forward(rule, blocks, flags_1L, *refs):
+    *keys, v_ref, g_ref, S_NHP, o_ref, last_NHP = refs[:9]
+    *kept, S_NPH = refs[9:]
+    start(S_NPH, S_NHP)
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+    systems, waiting = [], []
+    # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
+    # take no longer for many than for one.
+    for key, heads in (pair for unit in blocks.units for pair in unit):
+        q_LH, k_LH, a_LH, b_LH = _keys(rule, blocks, tokens, key, *keys)
+        up_LH = _up(a_LH)
+        own = [_row_sum(x_LH * y_LH) for x_LH in (q_LH, up_LH) for y_LH in (b_LH, k_LH)]
+        for n in heads:
+            v_LP = tokens.clear(blocks.values.read(v_ref, n))
+            decays, S_PH = tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
+            found = [{}, {}, {}, {}]
+            for m, d_LH in decays.levels.items():
+                to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
+                readers = _stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
+                written = _stack(*(fill(take(x_LH, m, FIRST) * of, m, FIRST) for x_LH in (b_LH, k_LH)))
+                for of_pair, scores in zip(found, _quarters(product(readers, written, "nt")), strict=True):
+                    of_pair[m] = scores
+            qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
+            of_v, up_v = _halves(product(_stack(qk_LL, uk_LL), v_LP, "nn"))
+            reads = _stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
+            read_LP, held_LP = _halves(product(reads, S_PH, "nt"))
+            systems.append(-_down(ub_LL))
+            puts = b_LH * decays.writes, k_LH * decays.writes
+            waiting.append((n, v_LP, held_LP + _down(up_v), read_LP + of_v, qb_LL, _stack(*puts), decays.keep_1H))
+    # 2. What is read in truth; with it all else.
+    o, inverses = [], triangular.inverses(systems, rule.exact)
+    for inverse_LL, (n, v_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
+        S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
+        if rule.keep:
+            states_NPH, inverses_NLL = kept
+            states_NPH[n], inverses_NLL[n] = S_PH.astype(states_NPH.dtype), inverse_LL.astype(inverses_NLL.dtype)
+        o.append(tokens.clear(o_LP + product(qb_LL, u_LP, "nn")))
+        S_NPH[n] = keep_1H * S_PH + product(_stack(u_LP, v_LP), puts, "tn")
+    blocks.values.write(o_ref, 0, o)
+    finish(S_NPH, last_NHP)
+
+
+def backward(rule, blocks, *refs):
+    flags_1L, *keys, v_ref, g_ref, do_ref, states_NPH, inverses_NLL, dlast_NHP = refs[:11]
+    *dkeys, dv_ref, dg_ref, dS_NHP, dS_NPH = refs[11:]
+    start(dS_NPH, dlast_NHP)
+    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK, False), rule.product
+
+    def head(q_LH, k_LH, a_LH, b_LH, n):
+        v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
+        inverse_LL, decays = inverses_NLL[n].astype(jnp.float32), tokens.decays(blocks.decays.read(g_ref, n))
+        S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
+        up_LH, reads_a_LH = _up(a_LH), _down(decays.reads, 1.0)
+        reads = _stack(q_LH * decays.reads, a_LH * reads_a_LH)
+        puts = _stack(b_LH * decays.writes, k_LH * decays.writes)
+        # 1. What the forward pass knew. Rows of scores are what is read, columns the readers.
+        levels, found = {}, [{}, {}, {}, {}]
+        for m, d_LH in decays.levels.items():
+            to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
+            written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
+            readers = _stack(*(fill(take(x_LH, m, SECOND) * to, m, SECOND) for x_LH in (q_LH, up_LH)))
+            levels[m] = to, of, readers, _stack(*(fill(x, m, FIRST) for x in written))
+            for of_pair, scores in zip(found, _quarters(product(_stack(*written), readers, "nt")), strict=True):
+                of_pair[m] = scores
+        own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
+        bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
+        held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
+        u_LP = product(inverse_LL, held_LP, "nn")
+        # 2. The gradients of what is read and, through the triangular system, of what it is made of.
+        from_b, from_k = _halves(product(puts, dS_PH, "nt"))
+        dx_LP = product(inverse_LL, product(bq_LL, do_LP, "nn") + from_b, "tn")
+        dup_LP = _up(dx_LP)
+        dreads, written_LP = _stack(do_LP, dup_LP), _stack(u_LP, v_LP)
+        dv_LP = from_k + product(_beside(kq_LL, ku_LL), dreads, "nn")
+        # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
+        dq_far, da_LH = _halves(product(_stack(do_LP, dx_LP), S_PH, "nn"))
+        dq_far, da_LH = decays.reads * dq_far, reads_a_LH * da_LH
+        dup_far = _up(da_LH)
+        dput_b, dput_k = (decays.writes * d_LH for d_LH in _halves(product(written_LP, dS_PH, "nn")))
+        dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
+        dg_LH += product(pairs.earlier(), b_LH * dput_b + k_LH * dput_k, "nn")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(_stack(do_LP, dx_LP), reads, "tn")
+        # 4. Within the chunk.
+        by_reader, by_written = product(dreads, written_LP, "nt"), product(written_LP, dreads, "nt")
+        by_reader, by_written = _quarters(by_reader), _quarters(by_written)
+        near = [jnp.zeros_like(q_LH) for _ in range(4)]
+        far = [dq_far, dup_far, *(jnp.zeros_like(q_LH) for _ in range(2))]
+        for m, (to, of, readers, written) in levels.items():
+            picked = [pairs.pick(d_LL, m, SECOND) for d_LL in by_reader]
+            picked = _stack(_beside(*picked[:2]), _beside(*picked[2:]))
+            dq, dup = (to * d for d in _halves(product(picked, written, "nn")))
+            picked = [pairs.pick(d_LL, m, FIRST) for d_LL in by_written]
+            picked = _stack(_beside(*picked[:2]), _beside(*picked[2:]))
+            db, dk = (of * d for d in _halves(product(picked, readers, "nn")))
+            sums = near if m < 8 else far
+            for i, (d, half) in enumerate(((dq, SECOND), (dup, SECOND), (db, FIRST), (dk, FIRST))):
+                sums[i] = add(sums[i], d, m, half)
+        for reach, (dq, dup, db, dk) in ((8, near), (CHUNK, far)):
+            rows_LH = q_LH * dq + up_LH * dup - b_LH * db - k_LH * dk
+            dg_LH += product(pairs.later(reach), rows_LH, "nn")
+        # 5. Together, with what tokens read of themselves and a of the token before it.
+        dq_LH, dup_LH, db_LH, dk_LH = (x + y for x, y in zip(near, far, strict=True))
+        qb, qk, ub, uk = (_row_sum(d_LP * y_LP) for d_LP in (do_LP, dup_LP) for y_LP in (u_LP, v_LP))
+        dq_LH += qb * b_LH + qk * k_LH
+        dup_LH += ub * b_LH + uk * k_LH
+        db_LH += dput_b + qb * q_LH + ub * up_LH
+        dk_LH += dput_k + qk * q_LH + uk * up_LH
+        da_LH = tokens.clear_starts(_down(dup_LH, da_LH))
+        return rule.scale * dq_LH, dk_LH, da_LH, db_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH)
+
+    for unit in blocks.units:
+        of_keys, dv, dg = [], [], []
+        for key, heads in unit:
+            of_key = _keys(rule, blocks, tokens, key, *keys)
+            *dkeys_G, dv_G, dg_G = zip(*[head(*of_key, n) for n in heads], strict=True)
+            of_keys.append([sum(d_G) for d_G in dkeys_G])
+            dv, dg = [*dv, *dv_G], [*dg, *dg_G]
+        (key, heads), *_ = unit
+        for ref, d in zip(dkeys, zip(*of_keys, strict=True), strict=True):
+            blocks.dkeys.write(ref, key, list(d))
+        blocks.values.write(dv_ref, heads[0], dv)
+        blocks.decays.write(dg_ref, heads[0], dg)
+    finish(dS_NPH, dS_NHP)

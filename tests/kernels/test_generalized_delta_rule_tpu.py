@@ -1,0 +1,129 @@
+"""The TPU kernels of the generalized delta rule, interpreted on a CPU, against the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import generalized_delta_rule
+from tests.kernels import recurrent
+
+# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
+TPU = pltpu.InterpretParams(detect_races=True)
+# The interpreter of TPUs cannot see memory in another shape or type, which is how 2, 4 or 8 heads are told apart; that
+# of Pallas can.
+ANY = True
+
+
+def arguments(T, K, N, H, P, *, decay="channel", dtype=jnp.float32, B=2):
+    """As in RWKV-7, b is -a times rates up to 2, for unit keys of correlation about 0.9; gates open and closed."""
+    args = recurrent.qkv(T, K, N, H, P, B)
+    a = args["k"] + 3 * jax.random.normal(jax.random.key(6), (K, H))
+    args["a"] = -a / jnp.linalg.norm(a, axis=-1, keepdims=True)
+    args["b"] = -args["a"] * 2 * jax.random.uniform(jax.random.key(7), a.shape)
+    args = {name: x.astype(dtype) for name, x in args.items()}
+    if decay == "token":
+        args["g"] = recurrent.log_decays((B, T, N)).at[:, ::13, 0].set(-np.inf)
+    else:
+        args["g"] = recurrent.log_decays((B, T, N, H)).at[:, ::13, 0].set(-np.inf).at[:, :, :, 1].set(-30)
+    return args | {"state": recurrent.state(N, H, P, B)}
+
+
+def interpreter(args):
+    return ANY if args["v"].shape[2] in (2, 4, 8) else TPU
+
+
+def compare(args, ids):
+    op = functools.partial(generalized_delta_rule, segment_ids=ids)
+    want = recurrent.run(functools.partial(op, impl="ref"), args)
+    with pltpu.force_tpu_interpret_mode(interpreter(args)):
+        return recurrent.run(functools.partial(op, impl="tpu"), args), want
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "N", "H", "P", "decay", "packed"),
+    [
+        (200, 1, 1, 64, 64, "channel", True),
+        (131, 1, 2, 64, 64, "token", True),  # two heads share keys
+        (131, 1, 1, 8, 8, "channel", True),
+        (2, 1, 3, 5, 130, "channel", True),  # widths to be filled up
+        (5, 1, 1, 256, 128, "channel", False),
+    ],
+)
+def test_agrees_with_the_definition(T, K, N, H, P, decay, packed):
+    ids = jnp.asarray(recurrent.documents(T)) if packed else None
+    recurrent.check(*compare(arguments(T, K, N, H, P, decay=decay), ids))
+
+
+def test_bfloat16():
+    """Within 1e-2 and 2e-2: operands of products are rounded to 8 bits, gradients go through two such products."""
+    got, want = compare(arguments(140, 2, 2, 64, 64, dtype=jnp.bfloat16), jnp.asarray(recurrent.documents(140)))
+    assert got["o"].dtype == got["da"].dtype == jnp.bfloat16
+    errors = {name: recurrent.error(got[name], want[name]) for name in want}
+    limits = {name: 1e-2 if name in ("o", "state") else 2e-2 for name in want}
+    assert {name: e for name, e in errors.items() if not e <= limits[name]} == {}
+
+
+def test_several_steps_share_a_key_head():
+    """Nine value heads of one key head take three steps of three, each with its part of the keys' gradients."""
+    recurrent.check(*compare(arguments(20, 1, 9, 8, 8, B=1), None))
+
+
+def test_eight_heads():
+    recurrent.check(*compare(arguments(20, 8, 8, 8, 8, B=1), None))
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("xla", "tpu"), ("tpu", "xla")])
+def test_residuals_are_those_of_the_other(forward, backward):
+    """The forward pass of one and the backward pass of the other, for rows shorter than a chunk and longer ones."""
+    from pallas_kernels.generalized_delta_rule import op
+
+    for T in (20, 131):
+        args = arguments(T, 1, 1, 8, 6)
+        ids = jnp.asarray(recurrent.documents(T))
+        want = recurrent.run(functools.partial(generalized_delta_rule, segment_ids=ids, impl="ref"), args)
+        names = ("q", "k", "v", "a", "b", "g", "state")
+        with pltpu.force_tpu_interpret_mode(ANY):
+            outputs, residuals = op.FORWARD[forward](True, 8**-0.5, *(args[name] for name in names), ids)
+            cotangents = [
+                jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in zip((90, 91), outputs, strict=True)
+            ]
+            gradients = op.BACKWARD[backward](8**-0.5, residuals, tuple(cotangents))
+        got = {"o": outputs[0], "state": outputs[1]} | {f"d{n}": d for n, d in zip(names, gradients, strict=True)}
+        recurrent.check(got, want)
+
+
+def test_causality_to_the_bit():
+    args = arguments(140, 1, 1, 64, 64, B=1)
+    with pltpu.force_tpu_interpret_mode(TPU):
+        op = recurrent.jit(functools.partial(generalized_delta_rule, impl="tpu"))
+        before, _ = op(**args)
+        for t in (0, 20, 63, 64, 127, 128):
+            later = {name: x.at[:, t + 1 :].multiply(0.7) for name, x in args.items() if name != "state"}
+            after, _ = op(**(args | later))
+            np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])
+            assert np.any(before[:, t + 1 :] != after[:, t + 1 :])
+
+
+@pytest.mark.parametrize("impl", ["tpu", "xla"])
+def test_padding_may_hold_anything(impl):
+    ids = recurrent.documents(20)
+    args = arguments(20, 1, 1, 8, 8)
+    is_padding = lambda x: jnp.asarray(ids == 0).reshape(2, 20, *[1] * (x.ndim - 2))
+    dirty = {name: jnp.where(is_padding(x), np.nan, x) for name, x in args.items() if name != "state"}
+    op = functools.partial(generalized_delta_rule, segment_ids=jnp.asarray(ids), impl=impl)
+    with pltpu.force_tpu_interpret_mode(TPU):
+        clean, got = (recurrent.run(op, x) for x in (args, args | dirty))
+    for name in clean:
+        assert np.all(np.isfinite(got[name]))
+        np.testing.assert_array_equal(clean[name], got[name])
+
+
+def test_unsupported():
+    with pytest.raises(ValueError, match="heads wider than 256"):
+        generalized_delta_rule(**arguments(3, 1, 1, 257, 4), impl="tpu")
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        generalized_delta_rule(**arguments(3, 1, 1, 4, 4, dtype=jnp.float16), impl="tpu")
