@@ -4,6 +4,8 @@ from efficient_lm.mixers.attention import Attention as Attention
 from efficient_lm.mixers.attention import AttentionConfig as AttentionConfig
 from efficient_lm.mixers.base import Mixer as Mixer
 from efficient_lm.mixers.base import MixerConfig as MixerConfig
+from efficient_lm.mixers.comba import Comba as Comba
+from efficient_lm.mixers.comba import CombaConfig as CombaConfig
 from efficient_lm.mixers.deltanet import DeltaNet as DeltaNet
 from efficient_lm.mixers.deltanet import DeltaNetConfig as DeltaNetConfig
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet

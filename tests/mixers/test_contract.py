@@ -12,6 +12,7 @@ from pair import PairConfig
 from efficient_lm import mixers
 from efficient_lm.mixers import (
     AttentionConfig,
+    CombaConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedDeltaProductConfig,
@@ -44,6 +45,7 @@ TINY = [
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, conv_size=None),
     KimiDeltaAttentionConfig(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, gate_rank=6, beta_max=2.0),
     GatedDeltaProductConfig(num_steps=3, num_heads=4, num_key_heads=2, key_dim=8, value_dim=16),
+    CombaConfig(num_heads=2, key_dim=8, value_dim=16),
     MesaNetConfig(num_heads=2, key_dim=8, value_dim=16, num_iterations=8),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
     HGRN2Config(num_heads=2, key_dim=8, value_dim=16, lower_bound=0.25),

@@ -20,6 +20,7 @@ from pair import PairConfig
 
 from efficient_lm.mixers import (
     AttentionConfig,
+    CombaConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedDeltaProductConfig,
@@ -195,6 +196,28 @@ def gated_deltaproduct(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arra
         "q_conv.kernel": p["q_conv1d.weight"].reshape(K, H, W),
         "k_conv.kernel": p["k_conv1d.weight"].reshape(J, K, H, W),
         "v_conv.kernel": p["v_conv1d.weight"].reshape(J, N, P, W),
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def comba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, W = settings["num_heads"], settings["head_dim"], settings["conv_size"]
+    P = int(H * settings["expand_v"])
+    return CombaConfig(num_heads=N, key_dim=H, value_dim=P, conv_size=W), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "dt_proj.kernel": p["a_proj.weight"].T,
+        "q_conv.kernel": p["q_conv1d.weight"].reshape(N, H, W),
+        "k_conv.kernel": p["k_conv1d.weight"].reshape(N, H, W),
+        "v_conv.kernel": p["v_conv1d.weight"].reshape(N, P, W),
+        "feedback_logit": p["decay"],
+        "correction": p["D"],
         "A_log": p["A_log"],
         "dt_bias": p["dt_bias"],
         "norm.norm.scale": p["o_norm.weight"],
@@ -511,6 +534,7 @@ CACHED = {
     "layer_deltanet_without_conv": deltanet,
     "layer_gated_deltaproduct": gated_deltaproduct,
     "layer_gated_deltaproduct_three": gated_deltaproduct,
+    "layer_comba": comba,
     "layer_mesanet": mesanet,
 }
 CASES = CACHED | {
