@@ -43,13 +43,15 @@ class RMSNorm(nnx.Module):
 
 
 class GatedRMSNorm(nnx.Module):
-    """`norm(x) * silu(gate)` over the last dimension, in float32."""
+    """`norm(x) * activation(gate)` over the last dimension, in float32."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-6):
+    def __init__(self, dim: int, *, activation: Literal["silu", "sigmoid"] = "silu", eps: float = 1e-6):
         self.norm = RMSNorm(dim, eps=eps)
+        self.activation: Literal["silu", "sigmoid"] = activation
 
     def __call__(self, x: Float[Array, "*B P"], gate: Float[Array, "*B P"]) -> Float[Array, "*B P"]:
-        return (self.norm(x.astype(jnp.float32)) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+        act = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[self.activation]
+        return (self.norm(x.astype(jnp.float32)) * act(gate.astype(jnp.float32))).astype(x.dtype)
 
 
 class ShortConv(nnx.Module):

@@ -27,6 +27,8 @@ class GatedDeltaNetConfig(MixerConfig):
     conv_size: int = 4
     beta_max: float = 1.0
     """Largest writing strength; 2 permits negative eigenvalues (https://arxiv.org/abs/2411.12537)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square of a head's output before the norm divides by its root."""
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "GatedDeltaNet":
         if self.num_heads % (self.num_key_heads or self.num_heads):
@@ -60,7 +62,7 @@ class GatedDeltaNet(Mixer):
         self.dt_proj = Einsum("BTD,DN->BTN", D=D, N=N, rngs=rngs)
         self.A_log, self.dt_bias = decay_parameters(rngs.params(), "N", N=N)
         self.gate_proj = Einsum("BTD,DNP->BTNP", D=D, N=N, P=P, rngs=rngs)
-        self.norm = GatedRMSNorm(P)
+        self.norm = GatedRMSNorm(P, eps=cfg.norm_eps)
         self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=P, D=D, rngs=rngs)
 
     def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> GatedDeltaNetState:

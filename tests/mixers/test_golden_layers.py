@@ -20,14 +20,20 @@ from pair import PairConfig
 
 from efficient_lm.mixers import (
     AttentionConfig,
+    CombaConfig,
+    DeltaNetConfig,
     GatedDeltaNetConfig,
+    GatedDeltaProductConfig,
     GLAConfig,
     HGRN2Config,
     HGRNConfig,
+    KimiDeltaAttentionConfig,
     LightningConfig,
     LinearTransformerConfig,
     Mamba2Config,
     MambaConfig,
+    MesaNetConfig,
+    Mixer,
     MixerConfig,
     MLSTMConfig,
     RetNetConfig,
@@ -42,6 +48,7 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
 type Arrays = dict[str, jax.Array]
 type Settings = dict[str, Any]
+type Convert = Callable[[Settings, Arrays], tuple[MixerConfig, Arrays]]
 
 
 def heads_in(w: jax.Array, num_heads: int) -> jax.Array:
@@ -82,6 +89,157 @@ def gated_deltanet(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
         "dt_bias": p["dt_bias"],
         "norm.norm.scale": p["norm.weight"],
         "o_proj.kernel": heads_out(p["out_proj.weight"], N),
+    }
+
+
+def olmo_hybrid(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    K, N = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
+    H, P, W = (settings[f"linear_{name}_dim"] for name in ("key_head", "value_head", "conv_kernel"))
+    q_conv, k_conv, v_conv = split(p["conv1d.weight"], K * H, K * H, N * P, axis=0)
+    config = GatedDeltaNetConfig(
+        num_heads=N,
+        num_key_heads=K,
+        key_dim=H,
+        value_dim=P,
+        conv_size=W,
+        beta_max=1.0 + settings["linear_allow_neg_eigval"],
+        norm_eps=settings["norm_eps"],
+    )
+    return config, {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], K),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], K),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "dt_proj.kernel": p["a_proj.weight"].T,
+        "q_conv.kernel": q_conv.reshape(K, H, W),
+        "k_conv.kernel": k_conv.reshape(K, H, W),
+        "v_conv.kernel": v_conv.reshape(N, P, W),
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def kimi_delta_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, W = (settings[f"linear_{name}"] for name in ("num_heads", "head_dim", "conv_kernel_dim"))
+    q_conv, k_conv, v_conv = (x.reshape(N, H, W) for x in split(p["conv1d.weight"], *[N * H] * 3, axis=0))
+    config = KimiDeltaAttentionConfig(
+        num_heads=N,
+        key_dim=H,
+        value_dim=H,
+        decay_rank=H,
+        gate_rank=H,
+        conv_size=W,
+        norm_eps=settings["rms_norm_eps"],
+    )
+    return config, {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "decay_down_proj.kernel": p["forget_gate.f_a_proj.weight"].T,
+        "decay_up_proj.kernel": heads_in(p["forget_gate.f_b_proj.weight"], N),
+        "gate_down_proj.kernel": p["g_a_proj.weight"].T,
+        "gate_up_proj.kernel": heads_in(p["g_b_proj.weight"], N),
+        "q_conv.kernel": q_conv,
+        "k_conv.kernel": k_conv,
+        "v_conv.kernel": v_conv,
+        "A_log": p["forget_gate.A_log"].reshape(N),
+        "dt_bias": p["forget_gate.dt_bias"].reshape(N, H),
+        "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def deltanet(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    D, N, W = settings["hidden_size"], settings["num_heads"], settings["conv_size"]
+    H, P = int(D * settings["expand_k"]) // N, int(D * settings["expand_v"]) // N
+    convs = {f"{x}_conv.kernel": p[f"{x}_conv1d.weight"].reshape(N, -1, W) for x in "qkv" if f"{x}_conv1d.weight" in p}
+    config = DeltaNetConfig(
+        num_heads=N,
+        key_dim=H,
+        value_dim=P,
+        conv_size=W if settings["use_short_conv"] else None,
+        beta_max=1.0 + settings["allow_neg_eigval"],
+    )
+    return config, convs | {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def gated_deltaproduct(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    D, J, K, N = (settings[name] for name in ("hidden_size", "num_householder", "num_heads", "num_v_heads"))
+    H, P, W = settings["head_dim"], int(settings["head_dim"] * settings["expand_v"]), settings["conv_size"]
+    config = GatedDeltaProductConfig(
+        num_steps=J,
+        num_heads=N,
+        num_key_heads=K,
+        key_dim=H,
+        value_dim=P,
+        conv_size=W,
+        beta_max=1.0 + settings["allow_neg_eigval"],
+    )
+    return config, {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], K),
+        "k_proj.kernel": p["k_proj.weight"].T.reshape(D, J, K, H),
+        "v_proj.kernel": p["v_proj.weight"].T.reshape(D, J, N, P),
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T.reshape(D, J, N),
+        "dt_proj.kernel": p["a_proj.weight"].T,
+        "q_conv.kernel": p["q_conv1d.weight"].reshape(K, H, W),
+        "k_conv.kernel": p["k_conv1d.weight"].reshape(J, K, H, W),
+        "v_conv.kernel": p["v_conv1d.weight"].reshape(J, N, P, W),
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def comba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, W = settings["num_heads"], settings["head_dim"], settings["conv_size"]
+    P = int(H * settings["expand_v"])
+    return CombaConfig(num_heads=N, key_dim=H, value_dim=P, conv_size=W), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "dt_proj.kernel": p["a_proj.weight"].T,
+        "q_conv.kernel": p["q_conv1d.weight"].reshape(N, H, W),
+        "k_conv.kernel": p["k_conv1d.weight"].reshape(N, H, W),
+        "v_conv.kernel": p["v_conv1d.weight"].reshape(N, P, W),
+        "feedback_logit": p["decay"],
+        "correction": p["D"],
+        "A_log": p["A_log"],
+        "dt_bias": p["dt_bias"],
+        "norm.norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def mesanet(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, W = settings["num_heads"], settings["head_dim"], settings["conv_size"]
+    return MesaNetConfig(num_heads=N, key_dim=H, value_dim=H, conv_size=W), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], N),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], N),
+        "beta_proj.kernel": p["b_proj.weight"].T,
+        "beta_bias": p["b_proj.bias"],
+        "decay_proj.kernel": p["a_proj.weight"].T,
+        "decay_bias": p["a_proj.bias"],
+        "q_conv.kernel": p["q_conv1d.weight"].reshape(N, H, W),
+        "k_conv.kernel": p["k_conv1d.weight"].reshape(N, H, W),
+        "ridge": p["lambda_params"].reshape(N, H),
+        "norm.scale": p["o_norm.weight"],
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
     }
 
 
@@ -367,8 +525,19 @@ def s4d(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     }
 
 
-CASES = {
+# Their scripts check that the other library's cache gives the same outputs.
+CACHED = {
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
+    "layer_olmo_hybrid": olmo_hybrid,
+    "layer_kimi_linear": kimi_delta_attention,
+    "layer_deltanet": deltanet,
+    "layer_deltanet_without_conv": deltanet,
+    "layer_gated_deltaproduct": gated_deltaproduct,
+    "layer_gated_deltaproduct_three": gated_deltaproduct,
+    "layer_comba": comba,
+    "layer_mesanet": mesanet,
+}
+CASES = CACHED | {
     "layer_qwen3_next_attention": qwen3_next_attention,
     "layer_llama_attention": llama_attention,
     "layer_mamba": mamba,
@@ -393,24 +562,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "convert"), CASES.items(), ids=list(CASES))
-def test_layer(case: str, convert: Callable[[Settings, Arrays], tuple[MixerConfig, Arrays]]):
-    file = np.load(GOLDEN / f"{case}.npz")
-    settings = json.loads(str(file["meta"]))["settings"]
-    inputs = {key.removeprefix("in."): jnp.asarray(file[key]) for key in file.files if key.startswith("in.")}
+def test_layer(case: str, convert: Convert):
+    settings, inputs, file = load(case)
 
     @jax.jit
     def run(inputs, dy):
-        def layer(inputs):
-            config, parameters = convert(settings, {key: x for key, x in inputs.items() if key != "x"})
-            mixer = config.build(settings["hidden_size"], rngs=nnx.Rngs(0))
-            assert len(parameters) == len(jax.tree.leaves(nnx.state(mixer, nnx.Param)))
-            for path, value in parameters.items():
-                variable = operator.attrgetter(path)(mixer)
-                assert variable.shape == value.shape, path
-                variable[...] = value
-            return mixer(inputs["x"])[0]
-
-        y, vjp = jax.vjp(layer, inputs)
+        y, vjp = jax.vjp(lambda inputs: build(settings, inputs, convert)(inputs["x"])[0], inputs)
         return y, vjp(dy)[0]
 
     y, grads = run(inputs, jnp.asarray(file["cotangent.y"]))
@@ -418,6 +575,46 @@ def test_layer(case: str, convert: Callable[[Settings, Arrays], tuple[MixerConfi
     errors = {"y": relative_error(y, file["out.y"]) / 1e-5}
     errors |= {f"d{key}": relative_error(x, file[f"grad.{key}"]) / 1e-4 for key, x in grads.items()}
     assert all(error < 1 for error in errors.values()), f"errors as multiples of what is tolerated: {errors}"
+
+
+@pytest.mark.parametrize(("case", "convert"), CACHED.items(), ids=list(CACHED))
+def test_layer_with_state(case: str, convert: Convert):
+    """A prompt, then token by token."""
+    settings, inputs, file = load(case)
+
+    @jax.jit
+    def run(inputs):
+        mixer, x_BTD = build(settings, inputs, convert), inputs["x"]
+        B, T, _ = x_BTD.shape
+        prompt = 2 * T // 3
+        first_BTD, state = mixer(x_BTD[:, :prompt], mixer.init_state(B, T))
+
+        def step(state, x_BD):
+            y_BTD, state = mixer(x_BD[:, None], state)
+            return state, y_BTD[:, 0]
+
+        _, rest_TBD = jax.lax.scan(step, state, jnp.moveaxis(x_BTD[:, prompt:], 1, 0))
+        return jnp.concatenate([first_BTD, jnp.moveaxis(rest_TBD, 0, 1)], axis=1)
+
+    error = relative_error(run(inputs), file["out.y"])
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+def load(case: str) -> tuple[Settings, Arrays, dict[str, np.ndarray]]:
+    file = dict(np.load(GOLDEN / f"{case}.npz"))
+    inputs = {key.removeprefix("in."): jnp.asarray(x) for key, x in file.items() if key.startswith("in.")}
+    return json.loads(str(file["meta"]))["settings"], inputs, file
+
+
+def build(settings: Settings, inputs: Arrays, convert: Convert) -> Mixer:
+    config, parameters = convert(settings, {key: x for key, x in inputs.items() if key != "x"})
+    mixer = config.build(settings["hidden_size"], rngs=nnx.Rngs(0))
+    assert len(parameters) == len(jax.tree.leaves(nnx.state(mixer, nnx.Param)))
+    for path, value in parameters.items():
+        variable = operator.attrgetter(path)(mixer)
+        assert variable.shape == value.shape, path
+        variable[...] = value
+    return mixer
 
 
 def relative_error(got: jax.Array, want: np.ndarray) -> float:

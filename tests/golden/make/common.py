@@ -137,6 +137,15 @@ def module_case(
     record(name, run, inputs, settings=settings, source=source, precision=precision)
 
 
+def check_cache(whole: torch.Tensor, step: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+    """Asserts that a layer gives `whole` again when `step`, which keeps a cache, reads a prompt and then each token."""
+    prompt = 2 * x.shape[1] // 3
+    with torch.no_grad():
+        parts = [step(part) for part in (x[:, :prompt], *x[:, prompt:].split(1, dim=1))]
+    error = (torch.cat(parts, dim=1) - whole).norm() / whole.norm()
+    assert error < 1e-5, f"with its cache, the reference is off by {error:.1e} from what it gives without"
+
+
 def per_document(
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     segment_ids: torch.Tensor,

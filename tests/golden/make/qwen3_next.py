@@ -1,9 +1,9 @@
 """Golden layers of Qwen3-Next in transformers: its Gated DeltaNet and its attention."""
 
 import torch
-from common import draw, generator, module_case
+from common import check_cache, draw, generator, module_case
 from parameters import parameters
-from transformers import Qwen3NextConfig
+from transformers import DynamicCache, Qwen3NextConfig
 from transformers import masking_utils as masks
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
@@ -37,12 +37,18 @@ def attend(apply, x):
     return apply(x, position_embeddings=rotary(x, position_ids), attention_mask=mask)[0]
 
 
+def gated_deltanet(apply, x):
+    y, cache = apply(x), DynamicCache(config=config())
+    check_cache(y, lambda part: apply(part, cache_params=cache), x)
+    return y
+
+
 def main() -> None:
     used = lambda *words: {key: value for key, value in SETTINGS.items() if key.startswith(words)}
     module_case(
         "layer_qwen3_next_gated_deltanet",
         lambda: qwen3_next.Qwen3NextGatedDeltaNet(config(), layer_idx=0),
-        lambda apply, x: apply(x),
+        gated_deltanet,
         draw(generator("layer_qwen3_next_gated_deltanet"), B, T, D),
         parameters,
         settings=used("hidden", "linear", "rms"),
