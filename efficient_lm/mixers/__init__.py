@@ -20,6 +20,8 @@ from efficient_lm.mixers.mamba import Mamba as Mamba
 from efficient_lm.mixers.mamba import MambaConfig as MambaConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
 from efficient_lm.mixers.mamba2 import Mamba2Config as Mamba2Config
+from efficient_lm.mixers.mla import MLA as MLA
+from efficient_lm.mixers.mla import MLAConfig as MLAConfig
 from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
 from efficient_lm.mixers.retnet import RetNet as RetNet

@@ -21,6 +21,7 @@ from efficient_lm.mixers import (
     MambaConfig,
     Mixer,
     MixerConfig,
+    MLAConfig,
     MLSTMConfig,
     RetNetConfig,
     RGLRUConfig,
@@ -32,7 +33,9 @@ from efficient_lm.sharding import shard
 # One line adds a mixer. Sizes differ from one another, so that no two can be mixed up, and divide by two shards.
 TINY = [
     AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, output_gate=True),
-    AttentionConfig(num_heads=2, head_dim=8, rotary=None, window_size=7, sink_logits=True, soft_cap=5.0),
+    AttentionConfig(num_heads=2, head_dim=8, window_size=4, sink_tokens=3, sink_logits=True, soft_cap=5.0),
+    MLAConfig(num_heads=4, latent_dim=12, query_rank=10, key_dim=8, rotary_dim=6, value_dim=16),
+    MLAConfig(num_heads=4, num_latent_heads=2, latent_dim=12, key_dim=8, rotary_dim=6, value_dim=16),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     GLAConfig(num_heads=2, key_dim=8, value_dim=16),
     HGRN2Config(num_heads=2, key_dim=8, value_dim=16, lower_bound=0.25),

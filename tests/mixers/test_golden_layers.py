@@ -26,14 +26,16 @@ from efficient_lm.mixers import (
     LinearTransformerConfig,
     Mamba2Config,
     MambaConfig,
+    Mixer,
     MixerConfig,
+    MLAConfig,
     MLSTMConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
     S4DConfig,
 )
-from efficient_lm.rotary import Llama3Scaling, RotaryConfig
+from efficient_lm.rotary import Llama3Scaling, RotaryConfig, YarnScaling
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -113,6 +115,46 @@ def llama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]
         "q_proj.kernel": heads_in(p["q_proj.weight"], N),
         "k_proj.kernel": heads_in(p["k_proj.weight"], K),
         "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def deepseek(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, P = settings["num_attention_heads"], settings["qk_nope_head_dim"], settings["v_head_dim"]
+    R, shared = settings["kv_lora_rank"], settings["qk_rope_head_dim"]
+    rope = settings["rope_parameters"]
+    amplitude = lambda name: 0.1 * rope[name] * np.log(rope["factor"]) + 1
+    scaling = YarnScaling(
+        factor=rope["factor"],
+        original_max_len=rope["original_max_position_embeddings"],
+        fast_turns=rope["beta_fast"],
+        slow_turns=rope["beta_slow"],
+        amplitude=float(amplitude("mscale") / amplitude("mscale_all_dim")),
+    )
+    # Theirs turn pairs (2 i, 2 i + 1), ours (i, i + shared / 2).
+    paired = lambda w: jnp.concatenate([w[..., 0::2], w[..., 1::2]], axis=-1)
+    is_low_rank = settings["q_lora_rank"] is not None
+    q, q_rotated = split(heads_in(p["q_b_proj.weight" if is_low_rank else "q_proj.weight"], N), H, shared)
+    latent, rotated = split(p["kv_a_proj_with_mqa.weight"].T, R, shared)
+    k, v = split(heads_in(p["kv_b_proj.weight"], N), H, P)
+    low_rank = {"q_down_proj.kernel": "q_a_proj.weight", "q_norm.scale": "q_a_layernorm.weight"} if is_low_rank else {}
+    config = MLAConfig(
+        num_heads=N,
+        latent_dim=R,
+        query_rank=settings["q_lora_rank"],
+        key_dim=H,
+        rotary_dim=shared,
+        value_dim=P,
+        rotary=RotaryConfig(theta=rope["rope_theta"], scaling=scaling),
+        scale=float((H + shared) ** -0.5 * amplitude("mscale_all_dim") ** 2),
+    )
+    return config, {ours: p[theirs].T for ours, theirs in low_rank.items()} | {
+        "q_proj.kernel": jnp.concatenate([q, paired(q_rotated)], axis=-1),
+        "latent_proj.kernel": latent[:, None],
+        "latent_scale": p["kv_a_layernorm.weight"][None],
+        "shared_proj.kernel": paired(rotated),
+        "k_proj.kernel": k,
+        "v_proj.kernel": v,
         "o_proj.kernel": heads_out(p["o_proj.weight"], N),
     }
 
@@ -332,6 +374,8 @@ CASES = {
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
     "layer_qwen3_next_attention": qwen3_next_attention,
     "layer_llama_attention": llama_attention,
+    "layer_deepseek_v2": deepseek,
+    "layer_deepseek_v3": deepseek,
     "layer_mamba": mamba,
     "layer_jamba": mamba,
     "layer_mamba2": mamba2,
@@ -352,25 +396,34 @@ CASES = {
 }
 
 
+# Those that keep keys and values.
+CACHED = ["layer_llama_attention", "layer_deepseek_v2", "layer_deepseek_v3"]
+
+
+def load(case: str) -> tuple[Settings, Arrays, np.lib.npyio.NpzFile]:
+    file = np.load(GOLDEN / f"{case}.npz")
+    inputs = {key.removeprefix("in."): jnp.asarray(file[key]) for key in file.files if key.startswith("in.")}
+    return json.loads(str(file["meta"]))["settings"], inputs, file
+
+
+def build(convert: Callable[..., tuple[MixerConfig, Arrays]], settings: Settings, inputs: Arrays) -> Mixer:
+    config, parameters = convert(settings, {key: x for key, x in inputs.items() if key != "x"})
+    mixer = config.build(settings["hidden_size"], rngs=nnx.Rngs(0))
+    assert len(parameters) == len(jax.tree.leaves(nnx.state(mixer, nnx.Param)))
+    for path, value in parameters.items():
+        variable = operator.attrgetter(path)(mixer)
+        assert variable.shape == value.shape, path
+        variable[...] = value
+    return mixer
+
+
 @pytest.mark.parametrize(("case", "convert"), CASES.items(), ids=list(CASES))
 def test_layer(case: str, convert: Callable[[Settings, Arrays], tuple[MixerConfig, Arrays]]):
-    file = np.load(GOLDEN / f"{case}.npz")
-    settings = json.loads(str(file["meta"]))["settings"]
-    inputs = {key.removeprefix("in."): jnp.asarray(file[key]) for key in file.files if key.startswith("in.")}
+    settings, inputs, file = load(case)
 
     @jax.jit
     def run(inputs, dy):
-        def layer(inputs):
-            config, parameters = convert(settings, {key: x for key, x in inputs.items() if key != "x"})
-            mixer = config.build(settings["hidden_size"], rngs=nnx.Rngs(0))
-            assert len(parameters) == len(jax.tree.leaves(nnx.state(mixer, nnx.Param)))
-            for path, value in parameters.items():
-                variable = operator.attrgetter(path)(mixer)
-                assert variable.shape == value.shape, path
-                variable[...] = value
-            return mixer(inputs["x"])[0]
-
-        y, vjp = jax.vjp(layer, inputs)
+        y, vjp = jax.vjp(lambda inputs: build(convert, settings, inputs)(inputs["x"])[0], inputs)
         return y, vjp(dy)[0]
 
     y, grads = run(inputs, jnp.asarray(file["cotangent.y"]))
@@ -378,6 +431,19 @@ def test_layer(case: str, convert: Callable[[Settings, Arrays], tuple[MixerConfi
     errors = {"y": relative_error(y, file["out.y"]) / 1e-5}
     errors |= {f"d{key}": relative_error(x, file[f"grad.{key}"]) / 1e-4 for key, x in grads.items()}
     assert all(error < 1 for error in errors.values()), f"errors as multiples of what is tolerated: {errors}"
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_layer_with_a_cache(case: str):
+    """A prompt, a piece of text, then token by token: what the other library computes at once."""
+    settings, inputs, file = load(case)
+    mixer, x_BTD = build(CASES[case], settings, inputs), inputs["x"]
+    step = jax.jit(lambda x_BTD, state: mixer(x_BTD, state))
+    state, parts = mixer.init_state(x_BTD.shape[0], x_BTD.shape[1]), []
+    for start, stop in [(0, 40), (40, 57), *((t, t + 1) for t in range(57, 67))]:
+        y_BTD, state = step(x_BTD[:, start:stop], state)
+        parts.append(y_BTD)
+    assert relative_error(jnp.concatenate(parts, axis=1), file["out.y"]) < 1e-5
 
 
 def relative_error(got: jax.Array, want: np.ndarray) -> float:
