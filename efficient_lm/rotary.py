@@ -39,14 +39,18 @@ class YarnScaling:
     """Rotations that turn at least so often within the original context are kept."""
     slow_turns: float = 1.0
     """Rotations that turn at most so often are stretched by the whole factor."""
+    round_borders: bool = True
+    """Where the stretching begins and ends is rounded to a whole pair of channels; gpt-oss does not."""
     amplitude: float | None = None
     """Rotated channels are multiplied by it; None: 0.1 * log(factor) + 1, as in the paper. DeepSeek's models have 1."""
 
     def __call__(self, frequencies: Float[Array, "R"], theta: float) -> Float[Array, "R"]:
         R = frequencies.shape[0]
-        # The index of the pair that turns so often: a whole number, as everybody rounds it.
-        index = lambda turns: R * math.log(self.original_max_len / (2 * math.pi * turns)) / math.log(theta)
-        first, last = max(math.floor(index(self.fast_turns)), 0), min(math.ceil(index(self.slow_turns)), 2 * R - 1)
+        pair = lambda turns: R * math.log(self.original_max_len / (2 * math.pi * turns)) / math.log(theta)
+        first, last = pair(self.fast_turns), pair(self.slow_turns)
+        if self.round_borders:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * R - 1)
         keep = 1 - jnp.clip((jnp.arange(R) - first) / max(last - first, 1e-3), 0.0, 1.0)
         return frequencies * (keep + (1 - keep) / self.factor)
 

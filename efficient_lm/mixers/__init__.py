@@ -4,10 +4,16 @@ from efficient_lm.mixers.attention import Attention as Attention
 from efficient_lm.mixers.attention import AttentionConfig as AttentionConfig
 from efficient_lm.mixers.base import Mixer as Mixer
 from efficient_lm.mixers.base import MixerConfig as MixerConfig
+from efficient_lm.mixers.differential_attention import DifferentialAttention as DifferentialAttention
+from efficient_lm.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
+from efficient_lm.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
+from efficient_lm.mixers.forgetting_attention import ForgettingAttentionConfig as ForgettingAttentionConfig
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig as GatedDeltaNetConfig
 from efficient_lm.mixers.gla import GLA as GLA
 from efficient_lm.mixers.gla import GLAConfig as GLAConfig
+from efficient_lm.mixers.grouped_tied_attention import GroupedTiedAttention as GroupedTiedAttention
+from efficient_lm.mixers.grouped_tied_attention import GroupedTiedAttentionConfig as GroupedTiedAttentionConfig
 from efficient_lm.mixers.hgrn import HGRN as HGRN
 from efficient_lm.mixers.hgrn import HGRNConfig as HGRNConfig
 from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2

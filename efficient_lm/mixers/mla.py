@@ -63,7 +63,10 @@ class MLA(Mixer):
         self.latent_letter = "K" if K > 1 else "J"
         self.q_down_proj = None if U is None else Einsum("BTD,DU->BTU", D=D, U=U, rngs=rngs)
         self.q_norm = None if U is None else RMSNorm(U)
-        self.q_proj = Einsum("BTD,DNH->BTNH", D=D if U is None else U, N=N, H=H + cfg.rotary_dim, rngs=rngs)
+        q_from = "D" if U is None else "U"
+        self.q_proj = Einsum(
+            f"BT{q_from},{q_from}NH->BTNH", N=N, H=H + cfg.rotary_dim, rngs=rngs, **{q_from: D if U is None else U}
+        )
         latent_dims = f"{self.latent_letter}R"
         self.latent_proj = Einsum(f"BTD,D{latent_dims}->BT{latent_dims}", D=D, R=R, rngs=rngs, **{latent_dims[0]: K})
         self.latent_scale = nnx.Param(shard(jnp.ones((K, R), jnp.float32), latent_dims))
@@ -89,8 +92,10 @@ class MLA(Mixer):
         ids_BT = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         positions_BT, length_B = document_positions(ids_BT, state and state.length)
         turn = lambda x_BTNH: rotate(x_BTNH, positions_BT, cfg.rotary)
-        is_low_rank = self.q_down_proj is not None and self.q_norm is not None
-        q_BTNH = self.q_proj(self.q_norm(self.q_down_proj(x)) if is_low_rank else x)
+        q_latent = x
+        if self.q_down_proj is not None and self.q_norm is not None:
+            q_latent = self.q_norm(self.q_down_proj(x))
+        q_BTNH = self.q_proj(q_latent)
         q_BTNH = jnp.concatenate([q_BTNH[..., : cfg.key_dim], turn(q_BTNH[..., cfg.key_dim :])], axis=3)
 
         latent_dims = f"BT{self.latent_letter}R"

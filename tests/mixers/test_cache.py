@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.mixers import AttentionConfig
+from efficient_lm.mixers import (
+    AttentionConfig,
+    DifferentialAttentionConfig,
+    ForgettingAttentionConfig,
+    GroupedTiedAttentionConfig,
+    MLAConfig,
+)
+from efficient_lm.sharding import make_mesh, shard, spec
 
 T = 33
 CONFIGS = {
@@ -77,3 +84,46 @@ def test_fewer_tokens_than_window_and_sinks(max_len):
     got_BTD, state = in_chunks(mixer, x_BTD, None, [max_len // 2, *[1] * (max_len - max_len // 2)], max_len)
     contract.assert_close(got_BTD, contract.call(mixer, x_BTD)[0], 1e-5, "short")
     assert state.arrays[0].shape[1] == max_len
+
+
+@pytest.mark.parametrize("name", ["sinks", "latent", "latents", "forgetting"])
+def test_on_a_mesh(name):
+    """Caches are split like the heads that they serve."""
+    others = {
+        "latent": MLAConfig(**MLA),
+        "latents": MLAConfig(**MLA, num_latent_heads=2),
+        "forgetting": ForgettingAttentionConfig(**WIDTHS),
+    }
+    cfg = (CONFIGS | others)[name]
+    x_BTD, ids_BT = jax.random.normal(jax.random.key(1), (4, T, contract.D_MODEL)), np.tile(IDS[:2], (2, 1))
+    run = lambda x_BTD, ids_BT: in_chunks(contract.build(cfg), x_BTD, ids_BT, [14, 18, 1])
+    want_BTD, _ = jax.jit(run)(x_BTD, jnp.asarray(ids_BT))
+    with jax.set_mesh(make_mesh({"data": 4, "model": 2})):
+        got_BTD, state = jax.jit(run)(shard(x_BTD, "BTD"), shard(jnp.asarray(ids_BT), "BT"))
+        assert [a.sharding.spec for a in state.arrays] == [spec(dims) for dims in state.dims]
+    contract.assert_close(np.asarray(got_BTD), want_BTD, 1e-5, name)
+
+
+WIDTHS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+MLA = {"num_heads": 4, "latent_dim": 12, "key_dim": 8, "rotary_dim": 6, "value_dim": 16}
+# Numbers in bfloat16 and in float32 that each token of the cache takes; tokens of 100.
+NUMBERS = {
+    "GQA": (AttentionConfig(**WIDTHS), 2 * 2 * 8, 0, 100),
+    "MQA": (AttentionConfig(**(WIDTHS | {"num_kv_heads": 1})), 2 * 8, 0, 100),
+    "window": (AttentionConfig(**WIDTHS, window_size=30), 2 * 2 * 8, 0, 30),
+    "window and sinks": (AttentionConfig(**WIDTHS, window_size=30, sink_tokens=4), 2 * 2 * 8, 0, 34),
+    "wide window": (AttentionConfig(**WIDTHS, window_size=300, sink_tokens=4), 2 * 2 * 8, 0, 100),
+    "MLA": (MLAConfig(**MLA), 12 + 6, 0, 100),
+    "grouped latent": (MLAConfig(**MLA, num_latent_heads=2), 2 * (12 + 6), 0, 100),
+    "grouped tied": (GroupedTiedAttentionConfig(**WIDTHS, rotary_dim=4), 2 * 8 + 4, 0, 100),
+    "differential": (DifferentialAttentionConfig(**WIDTHS), 2 * (2 * 8 + 16), 0, 100),
+    "forgetting": (ForgettingAttentionConfig(**WIDTHS), 2 * 2 * 8, 4, 100),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bytes(name):
+    """A cache takes what its formula says, and 4 bytes per row: the length of its document."""
+    cfg, narrow, wide, tokens = NUMBERS[name]
+    state = contract.build(cfg).init_state(3, 100, jnp.bfloat16)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 3 * (tokens * (2 * narrow + 4 * wide) + 4)

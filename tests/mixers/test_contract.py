@@ -11,8 +11,11 @@ from flax import nnx
 from efficient_lm import mixers
 from efficient_lm.mixers import (
     AttentionConfig,
+    DifferentialAttentionConfig,
+    ForgettingAttentionConfig,
     GatedDeltaNetConfig,
     GLAConfig,
+    GroupedTiedAttentionConfig,
     HGRN2Config,
     HGRNConfig,
     LightningConfig,
@@ -34,6 +37,9 @@ from efficient_lm.sharding import shard
 TINY = [
     AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, output_gate=True),
     AttentionConfig(num_heads=2, head_dim=8, window_size=4, sink_tokens=3, sink_logits=True, soft_cap=5.0),
+    ForgettingAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, output_gate=True),
+    DifferentialAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, lambda_init=0.3),
+    GroupedTiedAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=10, rotary_dim=6),
     MLAConfig(num_heads=4, latent_dim=12, query_rank=10, key_dim=8, rotary_dim=6, value_dim=16),
     MLAConfig(num_heads=4, num_latent_heads=2, latent_dim=12, key_dim=8, rotary_dim=6, value_dim=16),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
