@@ -265,9 +265,10 @@ def test_large_scores_stay_finite():
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(results))
 
 
-def test_scores_are_never_whole():
+@pytest.mark.parametrize("g", [None, make_g(1024, B=1)], ids=["", "forget gates"])
+def test_scores_are_never_whole(g):
     q, k, v, _ = make(1024, B=1)
-    stats = run.lower(q, k, v, None).compile().memory_analysis()
+    stats = run.lower(q, k, v, None, g=g).compile().memory_analysis()
     assert stats is not None
     assert stats.temp_size_in_bytes < 4 * 1024 * 1024 * 4 / 4  # A quarter of the scores of 4 heads.
 

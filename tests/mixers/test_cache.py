@@ -95,11 +95,11 @@ def test_on_a_mesh(name):
         "forgetting": ForgettingAttentionConfig(**WIDTHS),
     }
     cfg = (CONFIGS | others)[name]
-    x_BTD, ids_BT = jax.random.normal(jax.random.key(1), (4, T, contract.D_MODEL)), np.tile(IDS[:2], (2, 1))
-    run = lambda x_BTD, ids_BT: in_chunks(contract.build(cfg), x_BTD, ids_BT, [14, 18, 1])
-    want_BTD, _ = jax.jit(run)(x_BTD, jnp.asarray(ids_BT))
+    x_BTD, ids_BT = contract.inputs(4), jnp.asarray(np.tile(contract.PACKED, (2, 1)))
+    run = lambda x_BTD, ids_BT: in_chunks(contract.build(cfg), x_BTD, ids_BT, [3, 8, 1], contract.T)
+    want_BTD, _ = jax.jit(run)(x_BTD, ids_BT)
     with jax.set_mesh(make_mesh({"data": 4, "model": 2})):
-        got_BTD, state = jax.jit(run)(shard(x_BTD, "BTD"), shard(jnp.asarray(ids_BT), "BT"))
+        got_BTD, state = jax.jit(run)(shard(x_BTD, "BTD"), shard(ids_BT, "BT"))
         assert [a.sharding.spec for a in state.arrays] == [spec(dims) for dims in state.dims]
     contract.assert_close(np.asarray(got_BTD), want_BTD, 1e-5, name)
 
