@@ -141,6 +141,13 @@ CASES = {
         branches_taken=10 / 16,  # Of 4 x 4 blocks of 1024, those not above the diagonal.
         trips=32 * 33,  # Of 32 x 64 blocks of 128 x 64, the same.
     ),
+    "attention_forget": Case(
+        kernels.attention,
+        {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "g": "f32[BSN]", "segment_ids": "s32[BT]"},
+        "bf16[BTNP],f32[BNT]",
+        tpu_kernel=False,
+        trips=32 * 33,
+    ),
     "linear_cross_entropy": Case(
         kernels.linear_cross_entropy,
         {"x": "bf16[BTD]", "w": "bf16[dv]", "labels": "s32[BT]", "weights": "f32[BT]"},

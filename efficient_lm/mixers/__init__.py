@@ -8,12 +8,18 @@ from efficient_lm.mixers.comba import Comba as Comba
 from efficient_lm.mixers.comba import CombaConfig as CombaConfig
 from efficient_lm.mixers.deltanet import DeltaNet as DeltaNet
 from efficient_lm.mixers.deltanet import DeltaNetConfig as DeltaNetConfig
+from efficient_lm.mixers.differential_attention import DifferentialAttention as DifferentialAttention
+from efficient_lm.mixers.differential_attention import DifferentialAttentionConfig as DifferentialAttentionConfig
+from efficient_lm.mixers.forgetting_attention import ForgettingAttention as ForgettingAttention
+from efficient_lm.mixers.forgetting_attention import ForgettingAttentionConfig as ForgettingAttentionConfig
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig as GatedDeltaNetConfig
 from efficient_lm.mixers.gated_deltaproduct import GatedDeltaProduct as GatedDeltaProduct
 from efficient_lm.mixers.gated_deltaproduct import GatedDeltaProductConfig as GatedDeltaProductConfig
 from efficient_lm.mixers.gla import GLA as GLA
 from efficient_lm.mixers.gla import GLAConfig as GLAConfig
+from efficient_lm.mixers.grouped_tied_attention import GroupedTiedAttention as GroupedTiedAttention
+from efficient_lm.mixers.grouped_tied_attention import GroupedTiedAttentionConfig as GroupedTiedAttentionConfig
 from efficient_lm.mixers.hgrn import HGRN as HGRN
 from efficient_lm.mixers.hgrn import HGRNConfig as HGRNConfig
 from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2
@@ -30,6 +36,8 @@ from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
 from efficient_lm.mixers.mamba2 import Mamba2Config as Mamba2Config
 from efficient_lm.mixers.mesanet import MesaNet as MesaNet
 from efficient_lm.mixers.mesanet import MesaNetConfig as MesaNetConfig
+from efficient_lm.mixers.mla import MLA as MLA
+from efficient_lm.mixers.mla import MLAConfig as MLAConfig
 from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
 from efficient_lm.mixers.retnet import RetNet as RetNet

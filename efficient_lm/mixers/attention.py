@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, RMSNorm
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 from efficient_lm.sharding import per_shard, shard
 
@@ -50,21 +51,6 @@ class AttentionConfig(MixerConfig):
         return Attention(self, d_model, rngs=rngs)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all tokens so far; slot i holds the i-th token that came, padding included."""
-
-    k: Leaf  # BSKH
-    v: Leaf  # BSKH
-    segment_ids: Leaf  # BS
-    """0 where a slot is empty or holds padding: never attended to."""
-    length: Leaf
-    """Slots in use."""
-    document_length: Leaf  # B
-    """Tokens so far of the last document."""
-
-
 class Attention(Mixer):
     def __init__(self, cfg: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, K, H = d_model, cfg.num_heads, cfg.num_kv_heads or cfg.num_heads, cfg.head_dim
@@ -78,16 +64,11 @@ class Attention(Mixer):
         self.gate_proj = Einsum("BTD,DNH->BTNH", D=D, N=N, H=H, rngs=rngs) if cfg.output_gate else None
         self.o_proj = Einsum("BTNH,NHD->BTD", N=N, H=H, D=D, rngs=rngs)
 
-    def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+    def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> Cache:
+        """Returns a cache for `max_len` tokens, or for a window and its sinks if that is less."""
         K, H = self.cfg.num_kv_heads or self.cfg.num_heads, self.cfg.head_dim
-        zeros_BSKH = shard(jnp.zeros((batch_size, max_len, K, H), dtype), "BSKH")
-        return KVCache(
-            k=zeros_BSKH,
-            v=zeros_BSKH,
-            segment_ids=shard(jnp.zeros((batch_size, max_len), jnp.int32), "BS"),
-            length=jnp.zeros((), jnp.int32),
-            document_length=shard(jnp.zeros((batch_size,), jnp.int32), "B"),
-        )
+        window = {"window": self.cfg.window_size, "sinks": self.cfg.sink_tokens}
+        return init_cache(("BSKH", dtype), ("BSKH", dtype), batch_size=batch_size, max_len=max_len, **window, K=K, H=H)
 
     def flops_per_token(self, seq_len: int) -> float:
         window = min(self.cfg.window_size or seq_len, seq_len)
@@ -97,52 +78,28 @@ class Attention(Mixer):
 
     @jax.named_scope("attention")
     def __call__(
-        self, x: Float[Array, "B T D"], state: KVCache | None = None, *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        cfg, (B, T, _) = self.cfg, x.shape
-        q_BTNH, k_BSKH, v_BSKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        self, x: Float[Array, "B T D"], state: Cache | None = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        cfg, T = self.cfg, x.shape[1]
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
-
-        ids_BT = segment_ids
-        if ids_BT is None and state is not None:  # All tokens go on with the cache's document.
-            ids_B1 = jnp.max(state.segment_ids, axis=1, keepdims=True, initial=1)
-            ids_BT = jnp.broadcast_to(ids_B1, (B, T))
-        past_B = None if state is None else state.document_length
-        if ids_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        else:
-            positions_BT, past_B = document_positions(ids_BT, past_B)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        ids_BT = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        positions_BT, length_B = document_positions(ids_BT, state and state.length)
         if cfg.rotary is not None:
-            q_BTNH, k_BSKH = rotate(q_BTNH, positions_BT, cfg.rotary), rotate(k_BSKH, positions_BT, cfg.rotary)
+            q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, cfg.rotary), rotate(k_BTKH, positions_BT, cfg.rotary)
 
-        start, ids_BS = None, None
-        if state is not None:
-            assert ids_BT is not None
-            assert past_B is not None
-            start = state.length
-            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, 1)
-            k_BSKH, v_BSKH = write(state.k, k_BSKH), write(state.v, v_BSKH)
-            ids_BS = write(state.segment_ids, ids_BT)
-            state = KVCache(k_BSKH, v_BSKH, ids_BS, start + T, past_B)
+        def op(q, k, v, sinks, *places):
+            options = {"window_size": cfg.window_size, "sink_tokens": cfg.sink_tokens, "soft_cap": cfg.soft_cap}
+            return kernels.attention(q, k, v, sinks=sinks, **options, **Places(*places)._asdict())
 
-        def op(q, k, v, sinks, ids_BT, ids_BS, start):
-            o, _ = kernels.attention(
-                q,
-                k,
-                v,
-                window_size=cfg.window_size,
-                sinks=sinks,
-                sink_tokens=cfg.sink_tokens,
-                soft_cap=cfg.soft_cap,
-                segment_ids=ids_BT,
-                kv_segment_ids=ids_BS,
-                q_start=start,
-            )
-            return o
+        def read(arrays, places, is_cache):
+            # Of what is read in two parts, the tokens' own has the sinks: they count once.
+            sinks_N = None if self.sinks is None or (is_cache and T > 1) else self.sinks[...]
+            run = per_shard(op, f"BTNH,BSKH,BSKH,N,{Places.dims}", "BTNH,BNT")
+            return run(q_BTNH, *arrays, sinks_N, *places)
 
-        run = per_shard(op, "BTNH,BSKH,BSKH,N,BT,BS,", "BTNH")
-        o_BTNH = run(q_BTNH, k_BSKH, v_BSKH, self.sinks and self.sinks[...], ids_BT, ids_BS, start)
+        o_BTNH, state = attend(read, (k_BTKH, v_BTKH), state, ids_BT, positions_BT, length_B)
         if self.gate_proj is not None:
             o_BTNH = o_BTNH * jax.nn.sigmoid(self.gate_proj(x))
         return self.o_proj(o_BTNH), state

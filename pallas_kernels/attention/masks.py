@@ -21,21 +21,27 @@ class Options:
 
 
 class Tokens(NamedTuple):
-    """What decides whether a query sees a key. Places count the row's real keys: padding is as if removed."""
+    """What decides whether a query sees a key."""
 
     ids: jax.Array  # [... L]
-    places: jax.Array  # [... L]
+    places: jax.Array
+    """[... L], in the document as the caller says, or the row's real tokens so far: padding is as if removed."""
     is_sink: jax.Array  # [... L], a key that every query of its document sees.
 
 
-def tokens(options: Options, ids_BT, kv_ids_BS, q_start) -> tuple[Tokens, Tokens]:
+def tokens(options: Options, ids_BT, kv_ids_BS, positions_BT, kv_positions_BS) -> tuple[Tokens, Tokens]:
     """Returns the queries and the keys."""
+    no_sinks = lambda ids: jnp.zeros(ids.shape, bool)
+    if positions_BT is not None:
+        keys = Tokens(kv_ids_BS, kv_positions_BS, kv_positions_BS < options.sink_tokens)
+        return Tokens(ids_BT, positions_BT, no_sinks(ids_BT)), keys
     T, S = ids_BT.shape[1], kv_ids_BS.shape[1]
     places_BS = jnp.cumsum(kv_ids_BS > 0, axis=1, dtype=jnp.int32)
-    slots_T = jnp.clip(q_start + jnp.arange(T), 0, S - 1)
-    queries = Tokens(ids_BT, jnp.take(places_BS, slots_T, axis=1), jnp.zeros(ids_BT.shape, bool))
+    # Without an order there may be more queries than keys, and their places mean nothing.
+    slots_T = jnp.clip(S - T + jnp.arange(T), 0, S - 1)
+    queries = Tokens(ids_BT, jnp.take(places_BS, slots_T, axis=1), no_sinks(ids_BT))
     if options.sink_tokens == 0:
-        return queries, Tokens(kv_ids_BS, places_BS, jnp.zeros(kv_ids_BS.shape, bool))
+        return queries, Tokens(kv_ids_BS, places_BS, no_sinks(kv_ids_BS))
     filled_BS = fill_padding(kv_ids_BS)
     is_first_BS = jnp.diff(filled_BS, axis=1, prepend=-1) != 0
     before_BS = jax.lax.cummax(jnp.where(is_first_BS, places_BS - (kv_ids_BS > 0), 0), axis=1)

@@ -1,4 +1,4 @@
-"""Softmax attention: causal or not, windows, sinks, soft cap, grouped heads, packed documents, caches."""
+"""Softmax attention: causal or not, windows, sinks, soft cap, forget gates, grouped heads, packed rows, caches."""
 
 import functools
 from typing import Literal
@@ -16,6 +16,7 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K P"],
+    g: Float[Array, "B S N"] | None = None,
     *,
     causal: bool = True,
     window_size: int | None = None,
@@ -25,15 +26,17 @@ def attention(
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
-    q_start: int | Int[Array, ""] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
     impl: Literal["ref", "xla", "tpu"] | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
     """Returns the outputs and the log of each softmax's denominator (float32).
 
-    Query t stands at position `q_start + t` of the S keys; by default the queries are the last T of them. For a cache
-    of S slots, write the new keys at `q_start` and pass it: causality hides the empty slots after them.
+    The queries are the last T of the S tokens, unless `positions` say where queries and keys stand.
 
     Args:
+      g: log-decays of each key's token, <= 0 (https://arxiv.org/abs/2503.02130). A score is lowered by those of the
+        document's tokens after the key, up to the query, itself included.
       causal: a query sees no key after its own position.
       window_size: a query sees the keys less than this far from it, itself included.
       sinks: a logit per head, part of the denominator of every real query; its value is 0.
@@ -43,12 +46,15 @@ def attention(
       segment_ids: documents, attended within only. Padding (id 0) is as if removed, for windows too. A query that sees
         nothing has output 0 and log -inf.
       kv_segment_ids: those of the keys, `segment_ids` by default; an empty slot of a cache has id 0.
+      positions: each query's place in its document, from 0. It frees queries and keys from standing in order: keys
+        may be the slots of a ring. With g, though, keys come in order, those of each row in one document.
+      kv_positions: those of the keys.
 
     Raises:
       ValueError: an unknown `impl`, shapes that do not fit, or options that mean nothing together.
     """
     check_impl("attention", impl, ("ref", "xla", "tpu"))
-    _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids)
+    _check_shapes(q, k, v, g, sinks, segment_ids, kv_segment_ids, positions, kv_positions)
     B, T, _, H = q.shape
     S = k.shape[1]
     if window_size is not None and window_size < 1:
@@ -57,12 +63,11 @@ def attention(
         raise ValueError(f"sink_tokens is {sink_tokens}; it is >= 0 and widens a window: set window_size too")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap is {soft_cap}; it has to be positive, or None for no cap")
-    uses_positions = causal or window_size is not None
-    if uses_positions and T > S:
-        raise ValueError(f"{T} queries do not stand among {S} keys; use causal=False and no window_size")
-    if uses_positions and isinstance(q_start, int) and not 0 <= q_start <= S - T:
-        raise ValueError(f"q_start is {q_start}; with {T} queries and {S} keys it is in 0..{S - T}")
-    is_self_attention = T == S and q_start is None and kv_segment_ids is None
+    if g is not None and not causal:
+        raise ValueError("g with causal=False; decays are of the tokens between a query and a key before it")
+    if positions is None and (causal or window_size is not None) and T > S:
+        raise ValueError(f"{T} queries do not stand among {S} keys; pass positions, or causal=False and no window_size")
+    is_self_attention = T == S and positions is None and kv_segment_ids is None
     if segment_ids is None:
         segment_ids, kv_segment_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     elif kv_segment_ids is None:
@@ -70,10 +75,11 @@ def attention(
     if S == 0:  # One empty slot, which nothing sees, keeps the shapes positive.
         one_slot = lambda a: jnp.zeros((B, 1, *a.shape[2:]), a.dtype)
         k, v, kv_segment_ids = one_slot(k), one_slot(v), one_slot(kv_segment_ids)
-    start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
+        g = None if g is None else one_slot(g)
+        kv_positions = None if kv_positions is None else one_slot(kv_positions)
     options = Options(causal, window_size, sink_tokens, soft_cap, H**-0.5 if scale is None else scale)
-    args = q, k, v, sinks, segment_ids, kv_segment_ids, start
-    chosen = supported("attention", impl, tpu.unsupported(options, q, v, is_self_attention))
+    args = q, k, v, g, sinks, segment_ids, kv_segment_ids, positions, kv_positions
+    chosen = supported("attention", impl, tpu.unsupported(options, q, v, g, is_self_attention))
     if chosen == "ref" or T == 0:
         return ref.attention(options, *args)
     return _attention(chosen, options, *args)
@@ -89,7 +95,7 @@ def _forward(impl, options, *args):
 
 
 def _backward(impl, options, *args):
-    return *dispatch(impl, _bind(options, xla=xla.backward, tpu=tpu.backward), *args), None, None, None
+    return *dispatch(impl, _bind(options, xla=xla.backward, tpu=tpu.backward), *args), None, None, None, None
 
 
 def _bind(options, **implementations):
@@ -99,17 +105,24 @@ def _bind(options, **implementations):
 _attention.defvjp(_forward, _backward)
 
 
-def _check_shapes(q, k, v, sinks, segment_ids, kv_segment_ids):
+def _check_shapes(q, k, v, g, sinks, segment_ids, kv_segment_ids, positions, kv_positions):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K) or N % K:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} have to be [B T N H], [B S K H], [B S K P], K | N")
-    if sinks is not None and sinks.shape != (N,):
-        raise ValueError(f"sinks is {sinks.shape}; it has to be {(N,)}: one logit per head")
+    wanted = {
+        "g": (g, (B, S, N)),
+        "sinks": (sinks, (N,)),
+        "segment_ids": (segment_ids, (B, T)),
+        "kv_segment_ids": (kv_segment_ids, (B, S)),
+        "positions": (positions, (B, T)),
+        "kv_positions": (kv_positions, (B, S)),
+    }
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}; it has to be {shape}")
     if segment_ids is None and kv_segment_ids is not None:
         raise ValueError("kv_segment_ids came without segment_ids; pass the documents of the queries too")
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids is {segment_ids.shape}; it has to be {(B, T)}")
     if segment_ids is not None and kv_segment_ids is None and T != S:
         raise ValueError(f"{T} queries and {S} keys: pass kv_segment_ids {(B, S)} beside segment_ids")
-    if kv_segment_ids is not None and kv_segment_ids.shape != (B, S):
-        raise ValueError(f"kv_segment_ids is {kv_segment_ids.shape}; it has to be {(B, S)}")
+    if (positions is None) != (kv_positions is None):
+        raise ValueError("positions and kv_positions belong together: pass both or neither")

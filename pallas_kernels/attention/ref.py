@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(options, q, k, v, sinks, ids, kv_ids, q_start):
+def attention(options, q, k, v, g, sinks, ids, kv_ids, positions, kv_positions):
     B, T, N, _ = q.shape
     S, G = k.shape[1], N // k.shape[2]
     dtype = jnp.promote_types(jnp.float32, q.dtype)
@@ -14,11 +14,13 @@ def attention(options, q, k, v, sinks, ids, kv_ids, q_start):
     place_BS = jnp.cumsum(is_key_BS, axis=1)
     same_BSS = kv_ids[:, :, None] == kv_ids[:, None, :]
     place_in_document_BS = jnp.sum(same_BSS & jnp.tri(S, k=-1, dtype=bool)[None], axis=2)
+    place_BT = place_BS[:, jnp.clip(S - T + jnp.arange(T), 0, S - 1)]
+    if positions is not None:
+        place_BT, place_BS, place_in_document_BS = positions, kv_positions, kv_positions
 
     def step(carry, token):
-        q_BNH, id_B, t = token
-        slot = jnp.clip(q_start + t, 0, S - 1)
-        ahead_BS = place_BS - place_BS[:, slot][:, None]
+        q_BNH, id_B, place_B = token
+        ahead_BS = place_BS - place_B[:, None]
         sees_BS = is_key_BS & (kv_ids == id_B[:, None])
         if options.causal:
             sees_BS &= ahead_BS <= 0
@@ -27,6 +29,10 @@ def attention(options, q, k, v, sinks, ids, kv_ids, q_start):
         scores_BNS = options.scale * jnp.einsum("BNH,BSNH->BNS", q_BNH, k_BSNH)
         if options.soft_cap is not None:
             scores_BNS = options.soft_cap * jnp.tanh(scores_BNS / options.soft_cap)
+        if g is not None:  # The sum over the tokens after the key, up to the query.
+            passed_BSN = jnp.where((is_key_BS & (ahead_BS <= 0))[..., None], g.astype(dtype), 0)
+            decay_BSN = jnp.pad(jax.lax.cumsum(passed_BSN, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1), (0, 0)))
+            scores_BNS = scores_BNS + jnp.moveaxis(decay_BSN, 1, 2)
         sees_BNS = jnp.broadcast_to(sees_BS[:, None], scores_BNS.shape)
         if sinks is not None:  # One more key, which every real query sees and whose value is 0.
             sinks_BN1 = jnp.broadcast_to(sinks.astype(dtype)[None, :, None], (B, N, 1))
@@ -40,6 +46,6 @@ def attention(options, q, k, v, sinks, ids, kv_ids, q_start):
         o_BNP = jnp.einsum("BNS,BSNP->BNP", p_BNS[..., :S], v_BSNP)
         return carry, (o_BNP, jnp.where(is_blind_BN, -jnp.inf, lse_BN))
 
-    tokens = (jnp.moveaxis(q.astype(dtype), 1, 0), ids.T, jnp.arange(T))
+    tokens = (jnp.moveaxis(q.astype(dtype), 1, 0), ids.T, place_BT.T)
     _, (o_TBNP, lse_TBN) = jax.lax.scan(step, None, tokens)
     return jnp.moveaxis(o_TBNP, 0, 1).astype(v.dtype), jnp.moveaxis(lse_TBN, 0, 2)

@@ -12,12 +12,14 @@ from pallas_kernels.common.holes import hole_moves
 INTERPRET = False  # Tests set it, to run the kernels on a CPU.
 
 
-def unsupported(options, q, v, is_self_attention):
+def unsupported(options, q, v, g, is_self_attention):
     """Returns why these arguments need another implementation, or None."""
     if not is_self_attention:
-        return "keys that are not the queries' own tokens (T != S, q_start or kv_segment_ids)"
+        return "keys that are not the queries' own tokens (T != S, positions or kv_segment_ids)"
     if options.sink_tokens > 0:
         return "sink_tokens"
+    if g is not None:
+        return "g"
     if q.shape[1] < 128:
         return f"fewer than 128 tokens, and here are {q.shape[1]}"
     if q.dtype not in (jnp.float32, jnp.bfloat16) or v.dtype != q.dtype:
@@ -25,9 +27,9 @@ def unsupported(options, q, v, is_self_attention):
     return None
 
 
-def forward(options, q, k, v, sinks, segment_ids, kv_segment_ids, q_start):
+def forward(options, q, k, v, g, sinks, segment_ids, kv_segment_ids, positions, kv_positions):
     """Returns `(o, lse)` and the same residuals as `xla.forward`."""
-    inputs = q, k, v, sinks, segment_ids, kv_segment_ids, q_start
+    inputs = q, k, v, g, sinks, segment_ids, kv_segment_ids, positions, kv_positions
     close, reopen = hole_moves(segment_ids)
     kernel = _kernel(options, q.shape[1], q.shape[2])
     o_BNTP, (lse_BNT,) = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
@@ -46,8 +48,8 @@ def forward(options, q, k, v, sinks, segment_ids, kv_segment_ids, q_start):
 
 
 def backward(options, residuals, cotangents):
-    """Returns the gradients of q, k, v and sinks."""
-    q, k, v, sinks, segment_ids, _, _, o, lse = residuals
+    """Returns the gradients of q, k, v, g (None) and sinks."""
+    q, k, v, _, sinks, segment_ids, _, _, _, o, lse = residuals
     do, dlse = cotangents
     T = q.shape[1]
     close, reopen = hole_moves(segment_ids)
@@ -93,9 +95,9 @@ def backward(options, residuals, cotangents):
     dq, dk, dv = (reopen(jnp.moveaxis(a, 1, 2)[:, :T]) for a in grads_BNTH)
     dq, dk, dv = (jnp.where(is_real_BT1[..., None], a, 0) for a in (dq, dk, dv))
     if sinks is None:
-        return _scaled(options, dq), dk, dv, None
+        return _scaled(options, dq), dk, dv, None, None
     p_BTN = jnp.where(is_real_BT1, jnp.exp(sinks.astype(jnp.float32)[None, None] - lse_BTN), 0)
-    return _scaled(options, dq), dk, dv, -jnp.sum(p_BTN * shift_BTN, axis=(0, 1)).astype(sinks.dtype)
+    return _scaled(options, dq), dk, dv, None, -jnp.sum(p_BTN * shift_BTN, axis=(0, 1)).astype(sinks.dtype)
 
 
 @functools.lru_cache

@@ -39,6 +39,14 @@ def make(T, S=None, N=4, K=2, H=8, P=6, B=5, seed=0):
     return normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, P), normal(N)
 
 
+def make_g(S, N=4, B=5, seed=4):
+    """Log-decays: mild ones, some that forget nothing, some that forget nearly all, some all."""
+    rng = np.random.default_rng(seed)
+    g = -np.abs(rng.normal(size=(B, S, N))) * 0.3
+    choice = rng.random((B, S, N))
+    return np.select([choice < 0.05, choice > 0.98, choice > 0.94], [0.0, -np.inf, -30.0], g).astype(np.float32)
+
+
 def make_ids(T, seed=1):
     """Packed rows: without padding, with it at the right, at the left, anywhere, everywhere."""
     rng = np.random.default_rng(seed)
@@ -57,19 +65,21 @@ jit = functools.partial(
 )
 
 
-def outputs(q, k, v, sinks, ids=None, kv_ids=None, q_start=None, **options):
+def outputs(q, k, v, sinks, ids=None, kv_ids=None, positions=(None, None), g=None, **options):
     """Returns o and lse."""
-    return attention(q, k, v, sinks=sinks, segment_ids=ids, kv_segment_ids=kv_ids, q_start=q_start, **options)
+    positions, kv_positions = positions
+    places = {"positions": positions, "kv_positions": kv_positions}
+    return attention(q, k, v, g, sinks=sinks, segment_ids=ids, kv_segment_ids=kv_ids, **places, **options)
 
 
 values = jit(outputs)
 
 
 @jit
-def run(q, k, v, sinks, ids=None, kv_ids=None, q_start=None, **options):
-    """Returns o and lse, and the gradients of q, k, v and sinks for random cotangents of both."""
-    fn = lambda q, k, v, sinks: outputs(q, k, v, sinks, ids, kv_ids, q_start, **options)
-    o_and_lse, pull = jax.vjp(fn, q, k, v, sinks)
+def run(q, k, v, sinks, ids=None, kv_ids=None, positions=(None, None), g=None, **options):
+    """Returns o and lse, and the gradients of q, k, v, sinks and g for random cotangents of both."""
+    fn = lambda q, k, v, sinks, g: outputs(q, k, v, sinks, ids, kv_ids, positions, g, **options)
+    o_and_lse, pull = jax.vjp(fn, q, k, v, sinks, g)
     rng = np.random.default_rng(2)
     return o_and_lse, pull(jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), o_and_lse))
 
@@ -103,34 +113,78 @@ def test_lengths(T):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("T", "q_start"), [(1, None), (20, 15)])
-def test_more_keys_than_queries(T, q_start):
+@pytest.mark.parametrize("T", [1, 20])
+def test_more_keys_than_queries(T):
     q, k, v, _ = make(T, 45)
-    start = None if q_start is None else np.int32(q_start)
-    args = q, k, v, None, None, None, start
-    assert_same(run(*args, impl="xla", window_size=30), run(*args, impl="ref", window_size=30))
-    if q_start is not None:
-        # The keys after the last query might as well not be there.
-        end = q_start + T
-        want = values(q, k[:, :end], v[:, :end], None, impl="ref", window_size=30)
-        for a, b in zip(values(*args, impl="xla", window_size=30), want, strict=True):
-            assert rms_error(a, b) < VALUE_TOLERANCE
+    assert_same(run(q, k, v, None, impl="xla", window_size=30), run(q, k, v, None, impl="ref", window_size=30))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_cache_in_pieces():
-    """Prefill in two pieces and then one token, into a cache with empty slots, equals one causal pass."""
-    q, k, v, sinks = make(40)
-    options = {"window_size": 9, "sink_tokens": 2, "impl": "xla"}
-    real = (np.random.default_rng(3).random((5, 40)) < 0.8).astype(np.int32)
-    want, want_lse = values(q, k, v, sinks, real, **options)
-    for start, end in ((0, 25), (25, 39), (39, 40)):
-        filled = np.pad(np.where(np.arange(40) < end, real, 0), ((0, 0), (0, 8)))
-        cache = (np.pad(a, ((0, 0), (0, 8), (0, 0), (0, 0))) for a in (k, v))
-        part = real[:, start:end]
-        o, lse = values(q[:, start:end], *cache, sinks, part, filled, np.int32(start), **options)
-        assert rms_error(o, np.asarray(want)[:, start:end]) < VALUE_TOLERANCE
-        assert rms_error(lse, np.asarray(want_lse)[:, :, start:end]) < VALUE_TOLERANCE
+@pytest.mark.parametrize("impl", ["ref", "xla"])
+def test_keys_in_any_order(impl):
+    """Keys that say where they stand may be shuffled, and empty slots lie between them."""
+    (q, k, v, sinks), T, S = make(40), 40, 48
+    options = {"window_size": 9, "sink_tokens": 2, "impl": impl}
+    want, want_grads = run(q, k, v, sinks, **options)
+    order = np.random.default_rng(3).permutation(S)
+    slots = lambda a: np.pad(a, ((0, 0), (0, S - T), *((0, 0) for _ in a.shape[2:])))[:, order]
+    ids, positions = np.ones((5, T), np.int32), np.broadcast_to(np.arange(T, dtype=np.int32), (5, T))
+    got, grads = run(q, slots(k), slots(v), sinks, ids, slots(ids), (positions, slots(positions)), **options)
+    assert_same((got, (grads[0], grads[3])), (want, (want_grads[0], want_grads[3])))
+    for grad, wanted in zip(grads[1:3], want_grads[1:3], strict=True):
+        assert rms_error(grad, slots(np.asarray(wanted))) < GRAD_TOLERANCE
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", ["causal", "window", "grouped", "bfloat16"])
+def test_forget_gates(case):
+    T, dtype = 67, jnp.bfloat16 if case == "bfloat16" else jnp.float32
+    q, k, v, _ = (jnp.asarray(a, dtype) for a in make(T, N=6 if case == "grouped" else 4))
+    g, ids = make_g(T, q.shape[2]), make_ids(T)
+    options = {"window_size": 20} if case == "window" else {}
+    got = run(q, k, v, None, ids, g=g, impl="xla", **options)
+    wide = [a.astype(jnp.float32) for a in (q, k, v)]
+    want = run(*wide, None, ids, g=g, impl="ref", **options)
+    assert np.all(np.asarray(got[1][4])[ids == 0] == 0)
+    if dtype == jnp.float32:
+        return assert_same(got, want)
+    assert got[1][4].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert rms_error(a, b) < 2e-2  # Probabilities, their gradients and the outputs are rounded to 8 bits.
+
+
+def test_forget_gates_are_exact_beside_closed_ones():
+    """A decay of -0.01 is not lost in the sum of those of thousands of closed gates before it."""
+    T = 4096
+    q, k, v, _ = make(T, B=1, N=2, K=1)
+    g = np.where(np.arange(T) <= T - 100, -30.0, -0.01).astype(np.float32)[None, :, None].repeat(2, axis=2)
+    last = lambda a: a[:, -100:]
+    o, lse = values(q, k, v, None, g=g, impl="xla")
+    want, want_lse = values(last(q), last(k), last(v), None, g=last(g), impl="ref")
+    assert rms_error(last(np.asarray(o))[:, 50:], np.asarray(want)[:, 50:]) < VALUE_TOLERANCE
+    assert rms_error(np.asarray(lse)[..., -50:], np.asarray(want_lse)[..., -50:]) < VALUE_TOLERANCE
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("impl", ["ref", "xla"])
+def test_cache_apart_from_the_tokens_after_it(impl):
+    """What queries see of a cache and of each other, merged by the log-sum-exp, is what they see of both."""
+    (q, k, v, _), g, T, past = make(40), make_g(40), 40, 25
+    want, want_lse = values(q, k, v, None, g=g, impl=impl)
+    o_own, lse_own = values(q[:, past:], k[:, past:], v[:, past:], None, g=g[:, past:], impl=impl)
+    # Slots without a token before, between and after the others.
+    order = np.r_[0, 0, np.arange(12), 0, np.arange(12, past), 0]
+    is_token = np.r_[0, 0, np.ones(12, int), 0, np.ones(past - 12, int), 0]
+    row = lambda a: np.broadcast_to(a.astype(np.int32), (5, len(a)))
+    places = row(np.arange(past, T)), row(np.where(is_token, order, -1))
+    ids = row(np.ones(T - past)), row(is_token)
+    slots = [a[:, order] for a in (k, v)]
+    o, lse = values(q[:, past:], *slots, None, *ids, places, g[:, order], impl=impl)
+    lse = lse + np.moveaxis(np.cumsum(g[:, past:], axis=1), 1, 2)
+    both = np.logaddexp(lse, lse_own)
+    weight = lambda lse: np.moveaxis(np.exp(lse - both), 1, 2)[..., None]
+    assert rms_error(weight(lse) * o + weight(lse_own) * o_own, np.asarray(want)[:, past:]) < VALUE_TOLERANCE
+    assert rms_error(both, np.asarray(want_lse)[..., past:]) < VALUE_TOLERANCE
 
 
 def test_cross_attention():
@@ -161,7 +215,7 @@ def test_queries_that_see_nothing(sinks):
     sees_sink = np.broadcast_to((np.asarray(ids) > 0)[:, None] & has_sinks, lse.shape)
     np.testing.assert_array_equal(lse, np.where(sees_sink, np.asarray(logits)[None, :, None], -np.inf))
     assert np.all(np.asarray(o) == 0)
-    assert all(np.all(np.asarray(g) == 0) for g in grads[:3])
+    assert all(np.all(np.asarray(a) == 0) for a in grads[:3])
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
@@ -211,9 +265,10 @@ def test_large_scores_stay_finite():
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(results))
 
 
-def test_scores_are_never_whole():
+@pytest.mark.parametrize("g", [None, make_g(1024, B=1)], ids=["", "forget gates"])
+def test_scores_are_never_whole(g):
     q, k, v, _ = make(1024, B=1)
-    stats = run.lower(q, k, v, None).compile().memory_analysis()
+    stats = run.lower(q, k, v, None, g=g).compile().memory_analysis()
     assert stats is not None
     assert stats.temp_size_in_bytes < 4 * 1024 * 1024 * 4 / 4  # A quarter of the scores of 4 heads.
 
@@ -237,7 +292,15 @@ def test_bfloat16():
         (lambda q, k, v: attention(q, k, v, window_size=0), "window_size is 0"),
         (lambda q, k, v: attention(q, k, v, sink_tokens=2), "set window_size too"),
         (lambda q, k, v: attention(q, k, v, soft_cap=-1.0), "soft_cap is -1.0"),
-        (lambda q, k, v: attention(q[:, :1], k, v, q_start=4), "q_start is 4"),
+        (lambda q, k, v: attention(q, k, v, positions=jnp.ones((5, 4), jnp.int32)), "belong together"),
+        (lambda q, k, v: attention(q, k, v, jnp.zeros((5, 4, 4)), causal=False), "g with causal=False"),
+        (lambda q, k, v: attention(q, k, v, jnp.zeros((5, 4, 2))), "g is"),
+        (
+            lambda q, k, v: attention(
+                *(jnp.tile(a, (1, 32, 1, 1)) for a in (q, k, v)), jnp.zeros((5, 128, 4)), impl="tpu"
+            ),
+            "does not support g",
+        ),
         (lambda q, k, v: attention(q, k, v, kv_segment_ids=jnp.ones((5, 4), jnp.int32)), "without segment_ids"),
         (lambda q, k, v: attention(q[:, :1], k, v, segment_ids=jnp.ones((5, 1), jnp.int32)), "pass kv_segment_ids"),
         (lambda q, k, v: attention(q, k, v, impl="triton"), "no implementation 'triton'"),

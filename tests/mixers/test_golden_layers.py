@@ -22,9 +22,12 @@ from efficient_lm.mixers import (
     AttentionConfig,
     CombaConfig,
     DeltaNetConfig,
+    DifferentialAttentionConfig,
+    ForgettingAttentionConfig,
     GatedDeltaNetConfig,
     GatedDeltaProductConfig,
     GLAConfig,
+    GroupedTiedAttentionConfig,
     HGRN2Config,
     HGRNConfig,
     KimiDeltaAttentionConfig,
@@ -35,6 +38,7 @@ from efficient_lm.mixers import (
     MesaNetConfig,
     Mixer,
     MixerConfig,
+    MLAConfig,
     MLSTMConfig,
     RetNetConfig,
     RGLRUConfig,
@@ -42,7 +46,7 @@ from efficient_lm.mixers import (
     RWKV7Config,
     S4DConfig,
 )
-from efficient_lm.rotary import Llama3Scaling, RotaryConfig
+from efficient_lm.rotary import Llama3Scaling, RotaryConfig, YarnScaling
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -274,6 +278,150 @@ def llama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]
         "q_proj.kernel": heads_in(p["q_proj.weight"], N),
         "k_proj.kernel": heads_in(p["k_proj.weight"], K),
         "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def mistral_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, K, H = settings["num_attention_heads"], settings["num_key_value_heads"], settings["head_dim"]
+    rotary = RotaryConfig(theta=settings["rope_parameters"]["rope_theta"])
+    window = settings["sliding_window"]
+    return AttentionConfig(num_heads=N, num_kv_heads=K, head_dim=H, rotary=rotary, window_size=window), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], K),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def gpt_oss_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    config, parameters = mistral_attention(settings, p)
+    assert isinstance(config, AttentionConfig)
+    rope = settings["rope_parameters"]
+    scaling = YarnScaling(
+        factor=rope["factor"],
+        original_max_len=rope["original_max_position_embeddings"],
+        fast_turns=rope["beta_fast"],
+        slow_turns=rope["beta_slow"],
+        round_borders=rope["truncate"],
+    )
+    rotary = RotaryConfig(theta=rope["rope_theta"], scaling=scaling)
+    return dataclasses.replace(config, rotary=rotary, sink_logits=True), parameters | {"sinks": p["sinks"]}
+
+
+def diffllama_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    # Its first half of the heads has the first maps, the second half the second; values are split in the same way.
+    N, K, H = settings["num_attention_heads"] // 2, settings["num_key_value_heads"] // 2, settings["head_dim"]
+    (q, q2), (k, k2), (v, v2) = (
+        split(heads_in(p[f"{name}_proj.weight"], 2 * size), size, size, axis=1)
+        for name, size in (("q", N), ("k", K), ("v", K))
+    )
+    rotary = RotaryConfig(theta=settings["rope_parameters"]["rope_theta"])
+    lambda_init = 0.8 - 0.6 * float(np.exp(-0.3 * settings["layer"]))
+    config = DifferentialAttentionConfig(
+        num_heads=N, num_kv_heads=K, head_dim=H, rotary=rotary, lambda_init=lambda_init
+    )
+    names = {"lambda_q": "lambda_q1", "lambda_k": "lambda_k1", "lambda_q2": "lambda_q2", "lambda_k2": "lambda_k2"}
+    lambdas = {ours: p[theirs] for ours, theirs in names.items()}
+    return config, lambdas | {
+        "q_proj.kernel": q,
+        "q2_proj.kernel": q2,
+        "k_proj.kernel": k,
+        "k2_proj.kernel": k2,
+        "v_proj.kernel": jnp.concatenate([v, v2], axis=2),
+        "norm.scale": jnp.ones(2 * H),  # It has none.
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def forgetting_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    D, N, K = settings["hidden_size"], settings["num_heads"], settings["num_kv_heads"]
+    return ForgettingAttentionConfig(num_heads=N, num_kv_heads=K, head_dim=D // N, output_gate=True), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "k_proj.kernel": heads_in(p["k_proj.weight"], K),
+        "v_proj.kernel": heads_in(p["v_proj.weight"], K),
+        "forget_proj.kernel": p["f_proj.weight"].T,
+        "forget_bias": p["f_proj.bias"],
+        "gate_proj.kernel": heads_in(p["g_proj.weight"], N),
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def deepseek(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, H, P = settings["num_attention_heads"], settings["qk_nope_head_dim"], settings["v_head_dim"]
+    R, shared = settings["kv_lora_rank"], settings["qk_rope_head_dim"]
+    rope = settings["rope_parameters"]
+    amplitude = lambda name: 0.1 * rope[name] * np.log(rope["factor"]) + 1
+    scaling = YarnScaling(
+        factor=rope["factor"],
+        original_max_len=rope["original_max_position_embeddings"],
+        fast_turns=rope["beta_fast"],
+        slow_turns=rope["beta_slow"],
+        amplitude=float(amplitude("mscale") / amplitude("mscale_all_dim")),
+    )
+    # Theirs turn pairs (2 i, 2 i + 1), ours (i, i + shared / 2).
+    paired = lambda w: jnp.concatenate([w[..., 0::2], w[..., 1::2]], axis=-1)
+    is_low_rank = settings["q_lora_rank"] is not None
+    q, q_rotated = split(heads_in(p["q_b_proj.weight" if is_low_rank else "q_proj.weight"], N), H, shared)
+    latent, rotated = split(p["kv_a_proj_with_mqa.weight"].T, R, shared)
+    k, v = split(heads_in(p["kv_b_proj.weight"], N), H, P)
+    low_rank = {"q_down_proj.kernel": "q_a_proj.weight", "q_norm.scale": "q_a_layernorm.weight"} if is_low_rank else {}
+    config = MLAConfig(
+        num_heads=N,
+        latent_dim=R,
+        query_rank=settings["q_lora_rank"],
+        key_dim=H,
+        rotary_dim=shared,
+        value_dim=P,
+        rotary=RotaryConfig(theta=rope["rope_theta"], scaling=scaling),
+        scale=float((H + shared) ** -0.5 * amplitude("mscale_all_dim") ** 2),
+    )
+    return config, {ours: p[theirs].T for ours, theirs in low_rank.items()} | {
+        "q_proj.kernel": jnp.concatenate([q, paired(q_rotated)], axis=-1),
+        "latent_proj.kernel": latent[:, None],
+        "latent_scale": p["kv_a_layernorm.weight"][None],
+        "shared_proj.kernel": paired(rotated),
+        "k_proj.kernel": k,
+        "v_proj.kernel": v,
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def grouped_tied_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, K, H, R = (settings[name] for name in ("num_heads", "num_kv_heads", "head_dim", "rope_dim"))
+    rotary = RotaryConfig(theta=settings["rope_theta"])
+    return GroupedTiedAttentionConfig(num_heads=N, num_kv_heads=K, head_dim=H, rotary_dim=R, rotary=rotary), {
+        "q_proj.kernel": heads_in(p["q_proj.weight"], N),
+        "kv_proj.kernel": heads_in(p["kv_proj.weight"], K),
+        "shared_proj.kernel": p["W_rope_k.weight"].T,
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N),
+    }
+
+
+def grouped_latent_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    N, R, H, shared = (settings[name] for name in ("num_heads", "latent_dim", "head_dim", "rope_dim"))
+    *latents, rotated = split(p["W_dKV.weight"].T, R, R, shared)
+    expand = jnp.concatenate([heads_in(p[f"W_ukv_{i}.weight"], N // 2) for i in (1, 2)], axis=1)
+    k, v = split(expand, H, H)
+    config = MLAConfig(
+        num_heads=N,
+        num_latent_heads=2,
+        latent_dim=R,
+        query_rank=settings["query_rank"],
+        key_dim=H,
+        rotary_dim=shared,
+        value_dim=H,
+        rotary=RotaryConfig(theta=settings["rope_theta"]),
+    )
+    return config, {
+        "q_down_proj.kernel": p["W_dQ.weight"].T,
+        "q_norm.scale": p["q_norm.weight"],
+        "q_proj.kernel": heads_in(p["W_uQ_rope.weight"], N),
+        "latent_proj.kernel": jnp.stack(latents, axis=1),
+        "latent_scale": jnp.stack([p["kv_norm_1.weight"], p["kv_norm_2.weight"]]),
+        "shared_proj.kernel": rotated,
+        "k_proj.kernel": k,
+        "v_proj.kernel": v,
         "o_proj.kernel": heads_out(p["o_proj.weight"], N),
     }
 
@@ -525,8 +673,17 @@ def s4d(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     }
 
 
-# Their scripts check that the other library's cache gives the same outputs.
 CACHED = {
+    "layer_qwen3_next_attention": qwen3_next_attention,
+    "layer_llama_attention": llama_attention,
+    "layer_mistral_attention": mistral_attention,
+    "layer_gpt_oss_attention": gpt_oss_attention,
+    "layer_diffllama_attention": diffllama_attention,
+    "layer_forgetting_attention": forgetting_attention,
+    "layer_deepseek_v2": deepseek,
+    "layer_deepseek_v3": deepseek,
+    "layer_grouped_tied_attention": grouped_tied_attention,
+    "layer_grouped_latent_attention": grouped_latent_attention,
     "layer_qwen3_next_gated_deltanet": gated_deltanet,
     "layer_olmo_hybrid": olmo_hybrid,
     "layer_kimi_linear": kimi_delta_attention,
@@ -538,8 +695,6 @@ CACHED = {
     "layer_mesanet": mesanet,
 }
 CASES = CACHED | {
-    "layer_qwen3_next_attention": qwen3_next_attention,
-    "layer_llama_attention": llama_attention,
     "layer_mamba": mamba,
     "layer_jamba": mamba,
     "layer_mamba2": mamba2,
@@ -579,22 +734,23 @@ def test_layer(case: str, convert: Convert):
 
 @pytest.mark.parametrize(("case", "convert"), CACHED.items(), ids=list(CACHED))
 def test_layer_with_state(case: str, convert: Convert):
-    """A prompt, then token by token."""
+    """A prompt, a piece of text, then token by token: what the other library computes at once."""
     settings, inputs, file = load(case)
 
     @jax.jit
     def run(inputs):
         mixer, x_BTD = build(settings, inputs, convert), inputs["x"]
         B, T, _ = x_BTD.shape
-        prompt = 2 * T // 3
-        first_BTD, state = mixer(x_BTD[:, :prompt], mixer.init_state(B, T))
+        prompt, piece = T // 2, 3 * T // 4
+        prompt_BTD, state = mixer(x_BTD[:, :prompt], mixer.init_state(B, T))
+        piece_BTD, state = mixer(x_BTD[:, prompt:piece], state)
 
         def step(state, x_BD):
             y_BTD, state = mixer(x_BD[:, None], state)
             return state, y_BTD[:, 0]
 
-        _, rest_TBD = jax.lax.scan(step, state, jnp.moveaxis(x_BTD[:, prompt:], 1, 0))
-        return jnp.concatenate([first_BTD, jnp.moveaxis(rest_TBD, 0, 1)], axis=1)
+        _, rest_TBD = jax.lax.scan(step, state, jnp.moveaxis(x_BTD[:, piece:], 1, 0))
+        return jnp.concatenate([prompt_BTD, piece_BTD, jnp.moveaxis(rest_TBD, 0, 1)], axis=1)
 
     error = relative_error(run(inputs), file["out.y"])
     assert error < 1e-5, f"relative error {error:.1e}"
