@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.cpu import cpu_name
 from efficient_lm.config import TrainConfig
+from efficient_lm.console import console
 from efficient_lm.data import Batch
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import DeltaNetConfig, Mamba2Config, MixerConfig
@@ -63,7 +63,7 @@ class StateTracking:
 
 def main(cfg: StateTracking) -> dict[str, np.ndarray]:
     """Returns the accuracies by model: of each seed, at each length."""
-    console, load = Console(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     accuracies, seconds = {}, {}
     with Progress(console=console) as progress:
         for name, mixer in MIXERS.items():
@@ -93,7 +93,7 @@ def main(cfg: StateTracking) -> dict[str, np.ndarray]:
         at = [values[:, length - 1] for length in lengths]
         table.add_row(name, *(f"{x.min():.0%} to {x.max():.0%}" for x in at))
     console.print(table)
-    console.print(f"plot: {picture}  numbers: {numbers}")
+    console.print(f"numbers  {numbers}\nplot     {picture}")
     return accuracies
 
 
@@ -145,6 +145,7 @@ def plot(cfg: StateTracking, accuracies: dict[str, np.ndarray]) -> Figure:
     axes.axvline(cfg.length, color="0.4", linestyle="--", label=f"trained on {cfg.length} bits")
     axes.axhline(0.5, color="0.4", linestyle=":", label="guessing")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="bits", ylabel="accuracy", ylim=(0.4, 1.02))
     axes.set_title(f"Parity: mean of {cfg.num_seeds} seeds, from the worst to the best")
     axes.legend()

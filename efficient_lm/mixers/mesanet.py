@@ -150,7 +150,8 @@ def _solve_forward(num_iterations, y_BTNH, system):
 
 
 def _solve_backward(num_iterations, residuals, dx_BTNH):
-    x_BTNH, system = residuals
+    # Constants among residuals come back as NumPy's.
+    x_BTNH, system = jax.tree.map(jnp.asarray, residuals)
     dy_BTNH = _solve(num_iterations, dx_BTNH, system)  # The system is symmetric.
     _, vjp = jax.vjp(lambda system: _product(x_BTNH, system), system)
     return dy_BTNH, vjp(-dy_BTNH)[0]
