@@ -25,7 +25,7 @@ class AttentionConfig(MixerConfig):
     rotary: RotaryConfig | None = RotaryConfig()
     """None: no positions at all (NoPE)."""
     window_size: int | None = None
-    """Tokens that a query sees, itself included; None: all that came before."""
+    """Tokens that a query sees, itself included, and a cache holds; None: all that came before."""
     sink_tokens: int = 0
     """First tokens of each document that stay visible beside the window (https://arxiv.org/abs/2309.17453)."""
     sink_logits: bool = False
