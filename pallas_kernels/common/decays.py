@@ -26,10 +26,14 @@ A token's read of itself does not decay: it is left out of rows and cols, in whi
 X is 1 or H. R counts the readers that share keys and decays: x is q, or q and k.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import blocks
+from pallas_kernels.common.accurate import accurate
 from pallas_kernels.common.chunks import Segments
 
 # exp(-128) is 0 in float32: closed gates (-inf, too) stop here.
@@ -55,6 +59,11 @@ def _sum_over(which_LL: jax.Array, x_CBKGLX: jax.Array) -> jax.Array:
 def _exp_difference(later: list[jax.Array], earlier: list[jax.Array]) -> jax.Array:
     """exp of the difference of two cumulative logs, each in its two parts; at most 1 however it rounds."""
     return jnp.exp(jnp.minimum((later[0] - earlier[0]) + (later[1] - earlier[1]), 0))
+
+
+def _product(subscripts: str, exactly: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    product = functools.partial(jnp.einsum, subscripts)
+    return functools.partial(accurate, product) if exactly else product
 
 
 class _Decay:
@@ -88,9 +97,10 @@ class HeadDecay(_Decay):
         d_CBKGLS = _exp_difference(self._rows, [col_CBKGL1.mT for col_CBKGL1 in self._cols])
         return jnp.where(self._seen_CB111LL, d_CBKGLS[:, :, :, None], 0)
 
-    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array) -> jax.Array:
-        """Returns `CBKRGLS`, zero but for the pairs that see each other."""
-        return jnp.einsum("CBKRLH,CBKSH->CBKRLS", x_CBKRLH, k_CBKLH)[:, :, :, :, None] * self._pairs()
+    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array, exactly: bool = False) -> jax.Array:
+        """Returns `CBKRGLS`, zero but for the pairs that see each other; `exactly`: right to the last bit or so."""
+        product_CBKRLS = _product("CBKRLH,CBKSH->CBKRLS", exactly)(x_CBKRLH, k_CBKLH)
+        return product_CBKRLS[:, :, :, :, None] * self._pairs()
 
     def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):
         """Returns the gradients of x and k, rows and cols, given that of the scores, and the scores themselves."""
@@ -159,14 +169,14 @@ class ChannelDecay(_Decay):
     def _sizes(self) -> list[int]:
         return [1 << level for level in range(self._L.bit_length() - 1)]
 
-    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array) -> jax.Array:
-        """Returns `CBKRGLS`, zero but for the pairs that see each other."""
+    def scores(self, x_CBKRLH: jax.Array, k_CBKLH: jax.Array, exactly: bool = False) -> jax.Array:
+        """Returns `CBKRGLS`, zero but for the pairs that see each other; `exactly`: right to the last bit or so."""
         own_CBKRL = jnp.sum(x_CBKRLH * k_CBKLH[:, :, :, None], axis=-1)
         C, B, K, R, L = own_CBKRL.shape
         scores = jnp.broadcast_to(own_CBKRL[:, :, :, :, None], (C, B, K, R, self._cols[0].shape[3], L))[..., None, None]
         for m in self._sizes():
             x, k, _, _ = self._level(m, x_CBKRLH, k_CBKLH)
-            scores = blocks.merge(scores, jnp.einsum("CBKRGnLH,CBKGnSH->CBKRGnLS", x, k))
+            scores = blocks.merge(scores, _product("CBKRGnLH,CBKGnSH->CBKRGnLS", exactly)(x, k))
         return jnp.where(self._seen_CB111LL, scores[..., 0, :, :], 0)
 
     def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):

@@ -1,12 +1,14 @@
 """The TPU kernels of the delta rule with one decay per key channel; `tpu_channel.py` says what they compute."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
+from pallas_kernels.common.accurate import accurate
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, join, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
@@ -21,6 +23,25 @@ class Rule:
 
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
+
+    def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns q w^T and k w^T. Errors of the latter are those of what is written, ten times over for like keys."""
+        if self.exact:
+            return self.product(q, w, "nt"), accurate(functools.partial(self.product, sides="nt"), k, w)
+        of_q, of_k = _halves(self.product(_stack(q, k), w, "nt"))
+        return of_q, of_k
+
+    def inverses(self, systems: list[jax.Array]) -> list[jax.Array]:
+        """Returns `(I + A)^-1` of strictly lower A."""
+        found = triangular.inverses(systems, self.exact)
+        return [_correct(*pair) for pair in zip(systems, found, strict=True)] if self.exact else found
+
+
+def _correct(system_LL: jax.Array, inverse_LL: jax.Array) -> jax.Array:
+    """Returns the inverse without most of its error, by a step of Newton's method."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+    rest_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - dot(system_LL, inverse_LL, "nn", exact=True)
+    return inverse_LL + dot(inverse_LL, rest_LL, "nn", exact=True)
 
 
 def _stack(*arrays: jax.Array) -> jax.Array:
@@ -58,15 +79,15 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
             qw, kw = {}, {}
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
-                readers = _stack(take(q_LH, m, SECOND) * to, take(k_LH, m, SECOND) * to)
-                qw[m], kw[m] = _halves(product(readers, fill(take(w_LH, m, FIRST) * of, m, FIRST), "nt"))
+                q, k = (take(x_LH, m, SECOND) * to for x_LH in (q_LH, k_LH))
+                qw[m], kw[m] = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
             systems.append(pairs.gather(kw, None, SECOND))
             scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
             read_LP, held_LP = _halves(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
             waiting.append((n, x_LP, scores_LL, read_LP, w_LH * decays.writes, decays.keep_1H))
     # 2. What differs in truth; with it all else.
-    o, inverses = [], triangular.inverses(systems, rule.exact)
+    o, inverses = [], rule.inverses(systems)
     for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(inverses, waiting, strict=True):
         if kept:
             kept[1][n] = inverse_LL.astype(kept[1].dtype)
@@ -138,6 +159,10 @@ def backward(rule, blocks, *refs):
         dq_LH = dq_near + dq_far + own_L1 * w_LH
         dw_LH = dw_near + dw_far + dput_LH + own_L1 * q_LH
         dk_LH, dbeta_L1 = dk_near + dk_far + beta_L1 * dw_LH, jnp.sum(dw_LH * k_LH, axis=1, keepdims=True)
+        if rule.exact:
+            # That of what is written, beta u, is dv / beta: exact for large beta, where dw is a sum that may cancel.
+            large_L1 = jnp.sum(dv_LP * u_LP, axis=1, keepdims=True) / jnp.maximum(beta_L1, 0.5)
+            dbeta_L1 = jnp.where(beta_L1 > 0.5, large_L1, dbeta_L1)
         return rule.scale * dq_LH, dk_LH, tokens.clear(dv_LP), tokens.clear_starts(dg_LH), dbeta_L1
 
     dbeta_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)

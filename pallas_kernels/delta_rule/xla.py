@@ -8,11 +8,10 @@ and k, S the state before the chunk) these are L linear equations, whose matrix 
     O  = QK U + reads (Q S)
     S' = keep S + K^T (writes U)
 
-With M = (I + KK beta)^-1 and W = M (reads K), D = M V - W S: only the last product waits for the state. Backward, dS
-and dS' being the gradients of S and S':
+and D = M X with M = (I + KK beta)^-1. Backward, dS and dS' being the gradients of S and S':
 
     dU = QK^T dO + writes (K dS')
-    dS = keep dS' + Q^T (reads dO) - W^T (beta dU)
+    dS = keep dS' + Q^T (reads dO) - K^T (reads dX)
     dX = M^T (beta dU) = dV        from D = M X; and d(KK beta) = -dX D^T, as dM^-1 = -M^T dM M^T
     dQK = dO U^T                   d(reads K S) = -dX, which gives dK its share, as dO gives dQ
                                    d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
@@ -44,10 +43,26 @@ def _chunked(q, k, v, beta, g, segment_ids, scale):
     return jnp.stack([q_CBKLH, k_CBKLH], axis=3), k_CBKLH, v_CBKGLP, beta_CBKGL1, decay
 
 
-def _scores(qk_CBKRLH, k_CBKLH, decay):
-    scores_CBKRGLS = decay.scores(qk_CBKRLH, k_CBKLH)
+def _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact):
+    """Returns the scores QK and KK and the matrix KK beta, whose errors are those of the result, ten times over."""
+    qk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, :1], k_CBKLH)[:, :, :, 0]
+    kk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, 1:], k_CBKLH, exactly=is_exact)[:, :, :, 0]
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
-    return scores_CBKRGLS, scores_CBKRGLS[:, :, :, 0], jnp.where(earlier_CBKGLL, scores_CBKRGLS[:, :, :, 1], 0)
+    kk_CBKGLS = jnp.where(earlier_CBKGLL, kk_CBKGLS, 0)
+    return qk_CBKGLS, kk_CBKGLS, kk_CBKGLS * beta_CBKGL1.mT
+
+
+def _solve(system_XLL, inverse_XLL, x_XLP, is_exact):
+    """Returns d of (I + system) d = x."""
+    d_XLP = jnp.matmul(inverse_XLL, x_XLP)
+    if is_exact:  # the inverse has errors of its own, which this corrects
+        d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - jnp.matmul(system_XLL, d_XLP))
+    return d_XLP
+
+
+def _is_exact(*operands):
+    """Whether float32 is asked for; operands of bfloat16 are off by more than any sum of theirs."""
+    return any(x.dtype == jnp.float32 for x in operands)
 
 
 def _kept(x_CBKGXX, like):
@@ -69,25 +84,25 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     """
     qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
     q_CBKLH = qk_CBKRLH[:, :, :, 0]
-    k_CBKGLH = k_CBKLH[:, :, :, None]
-    # 1. What each token writes, save for what depends on the state before its chunk.
-    _, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
-    inverse_CBKGLL = blocks.inverse(kk_CBKGLS * beta_CBKGL1.mT)
-    own_CBKGLP = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, v_CBKGLP)
-    w_CBKGLH = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, decay.reads_CBKGLX * k_CBKGLH)
-    put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
+    k_CBKGLH, is_exact = k_CBKLH[:, :, :, None], _is_exact(q, k, v)
+    # 1. The systems.
+    qk_CBKGLS, _, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact)
+    inverse_CBKGLL = blocks.inverse(system_CBKGLL)
 
-    # 2. Chunk by chunk: what its tokens write in truth, and the state after it.
+    # 2. Chunk by chunk: what its tokens write, and the state after it.
     def step(S_BKGHP, chunk):
-        own_BKGLP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
-        u_BKGLP = own_BKGLP - jnp.matmul(w_BKGLH, S_BKGHP)
+        v_BKGLP, beta_BKGL1, system_BKGLL, inverse_BKGLL, read_BKGLH, put_BKGLH, keep_BKGX1 = chunk
+        x_BKGLP = v_BKGLP - jnp.matmul(read_BKGLH, S_BKGHP)
+        u_BKGLP = beta_BKGL1 * _solve(system_BKGLL, inverse_BKGLL, x_BKGLP, is_exact)
         after_BKGHP = keep_BKGX1 * S_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", put_BKGLH, u_BKGLP)
         return after_BKGHP, (S_BKGHP, u_BKGLP)
 
     *_, H, P = state.shape
-    state_BKGHP = state.reshape(*v_CBKGLP.shape[1:4], H, P)
+    put_CBKGLH, read_CBKGLH = decay.writes_CBKGLX * k_CBKGLH, decay.reads_CBKGLX * k_CBKGLH
     last_BKGHP, (states_CBKGHP, u_CBKGLP) = jax.lax.scan(
-        step, state_BKGHP, (own_CBKGLP, w_CBKGLH, put_CBKGLH, decay.keep_CBKGX1)
+        step,
+        state.reshape(*v_CBKGLP.shape[1:4], H, P),
+        (v_CBKGLP, beta_CBKGL1, system_CBKGLL, inverse_CBKGLL, read_CBKGLH, put_CBKGLH, decay.keep_CBKGX1),
     )
     # 3. Within the chunk, and from the chunks before.
     o_CBKGLP = jnp.matmul(qk_CBKGLS, u_CBKGLP)
@@ -110,37 +125,41 @@ def backward(scale, residuals, cotangents):
     states_CBKGHP, inverse_CBKGLL = (_from_kept(x, k.shape[2], v_CBKGLP.dtype) for x in (states, inverse_BCNLL))
     states_CBKGHP = states_CBKGHP if g.ndim == 3 else states_CBKGHP.mT
     do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
-    k_CBKGLH, q_CBKGLH = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None]
+    k_CBKGLH, q_CBKGLH, is_exact = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None], _is_exact(q, k, v)
     # 1. What the forward pass knew.
-    scores_CBKRGLS, qk_CBKGLS, kk_CBKGLS = _scores(qk_CBKRLH, k_CBKLH, decay)
-    w_CBKGLH = beta_CBKGL1 * jnp.matmul(inverse_CBKGLL, decay.reads_CBKGLX * k_CBKGLH)
-    put_CBKGLH = decay.writes_CBKGLX * k_CBKGLH
+    qk_CBKGLS, kk_CBKGLS, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact)
+    read_CBKGLH, put_CBKGLH = decay.reads_CBKGLX * k_CBKGLH, decay.writes_CBKGLX * k_CBKGLH
     x_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
-    d_CBKGLP = jnp.matmul(inverse_CBKGLL, x_CBKGLP)
+    d_CBKGLP = _solve(system_CBKGLL, inverse_CBKGLL, x_CBKGLP, is_exact)
     u_CBKGLP = beta_CBKGL1 * d_CBKGLP
     # 2. The gradients of the state after each chunk and of what its tokens write, from the last chunk to the first.
     du_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", qk_CBKGLS, do_CBKGLP)
     dread_CBKGHP = decay.outer(q_CBKLH, decay.reads_CBKGLX, do_CBKGLP)
 
     def step(dS_BKGHP, chunk):
-        du_BKGLP, dread_BKGHP, w_BKGLH, put_BKGLH, keep_BKGX1 = chunk
+        du_BKGLP, dread_BKGHP, beta_BKGL1, system_BKGLL, inverse_BKGLL, read_BKGLH, put_BKGLH, keep_BKGX1 = chunk
         du_BKGLP += jnp.matmul(put_BKGLH, dS_BKGHP)
-        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP - jnp.einsum("BKGLH,BKGLP->BKGHP", w_BKGLH, du_BKGLP)
-        return before_BKGHP, (dS_BKGHP, du_BKGLP)
+        dx_BKGLP = _solve(system_BKGLL.mT, inverse_BKGLL.mT, beta_BKGL1 * du_BKGLP, is_exact)
+        before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP - jnp.einsum("BKGLH,BKGLP->BKGHP", read_BKGLH, dx_BKGLP)
+        return before_BKGHP, (dS_BKGHP, du_BKGLP, dx_BKGLP)
 
-    dstate_BKGHP, (dstates_CBKGHP, du_CBKGLP) = jax.lax.scan(
+    dstate_BKGHP, (dstates_CBKGHP, du_CBKGLP, dv_CBKGLP) = jax.lax.scan(
         step,
         dlast.reshape(states_CBKGHP.shape[1:]),
-        (du_CBKGLP, dread_CBKGHP, w_CBKGLH, put_CBKGLH, decay.keep_CBKGX1),
+        (
+            *(du_CBKGLP, dread_CBKGHP, beta_CBKGL1, system_CBKGLL, inverse_CBKGLL),
+            *(read_CBKGLH, put_CBKGLH, decay.keep_CBKGX1),
+        ),
         reverse=True,
     )
-    # 3. Through the triangular system.
-    dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", inverse_CBKGLL, beta_CBKGL1 * du_CBKGLP)
+    # 3. The system, and beta: of what is written, less what tokens of the chunk found of it.
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
     dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.einsum("CBKGLP,CBKGSP->CBKGLS", dv_CBKGLP, d_CBKGLP), 0)
-    dbeta_CBKGL = jnp.sum(d_CBKGLP * du_CBKGLP, axis=-1) + jnp.sum(dsystem_CBKGLS * kk_CBKGLS, axis=-2)
+    du_CBKGLP -= jnp.einsum("CBKGLS,CBKGLP->CBKGSP", kk_CBKGLS, dv_CBKGLP)
+    dbeta_CBKGL = jnp.sum(d_CBKGLP * du_CBKGLP, axis=-1)
     # 4. Within the chunk.
     dqk_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, u_CBKGLP)
+    scores_CBKRGLS = jnp.stack([qk_CBKGLS, kk_CBKGLS], axis=3)
     dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, dsystem_CBKGLS * beta_CBKGL1.mT], axis=3)
     dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.

@@ -72,12 +72,13 @@ def test_eight_heads():
     recurrent.check(*compare(arguments(20, 8, 8, 8, 8, B=1), None))
 
 
-@pytest.mark.parametrize(("impl", "T"), [("tpu", 400), ("xla", 4096)])
-def test_as_exact_as_the_definition(impl, T):
+@pytest.mark.parametrize("impl", ["tpu", "xla"])
+def test_as_exact_as_the_definition(impl):
     """No more than three times the rounding of one token after another, where tokens nearly undo what others wrote."""
-    args = arguments(T, 1, 1, 16, 16, B=1)
+    T, H = 4096, 64
+    args = arguments(T, 1, 1, H, H, B=1)
     rng = np.random.default_rng(0)
-    k = np.sqrt(0.9) * rng.normal(size=16) + np.sqrt(0.1) * rng.normal(size=(1, T, 1, 16))
+    k = np.sqrt(0.9) * rng.normal(size=H) + np.sqrt(0.1) * rng.normal(size=(1, T, 1, H))
     k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.float32)
     g = jnp.zeros_like(args["g"]).at[:, ::50, :, ::3].set(-30)
     args |= {"k": k, "beta": jnp.full_like(args["beta"], 1.9), "g": g}
@@ -92,7 +93,7 @@ def test_as_exact_as_the_definition(impl, T):
         (_, (o, state)), gradients = jax.value_and_grad(loss, has_aux=True)(args)
         return {"o": o, "state": state} | {f"d{name}": d for name, d in gradients.items()}
 
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(ANY):
         got = run(args, weights, impl)
     definition = run(args, weights, "ref")
     with jax.enable_x64(True):

@@ -1,0 +1,172 @@
+"""The TPU kernels of the delta rule with one decay per token, interpreted on a CPU, against the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import delta_rule
+from pallas_kernels.delta_rule import tpu, xla
+from tests.kernels import recurrent
+
+# bfloat16 has 8 bits: products of two rounded numbers, and sums of few of them, are off by up to half a percent.
+VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 2e-2
+
+# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
+TPU = pltpu.InterpretParams(detect_races=True)
+# The interpreter of TPUs cannot see memory in another shape or type, which is how heads that lie in place are told
+# apart. That of Pallas can.
+ANY = True
+
+
+def arguments(T, K, N, H, P, *, dtype=jnp.float32, decay="token", B=2):
+    """Unit keys of correlation about 0.9, so that what is written is mostly corrected; beta up to 2."""
+    args = recurrent.qkv(T, K, N, H, P, B)
+    args["k"] += 3 * jax.random.normal(jax.random.key(6), (K, H))
+    args["k"] /= jnp.linalg.norm(args["k"], axis=-1, keepdims=True)
+    args = {name: x.astype(dtype) for name, x in args.items()}
+    args["beta"] = 2 * jax.random.uniform(jax.random.key(7), (B, T, N))
+    if decay != "none":
+        args["g"] = recurrent.log_decays((B, T, N))
+    if decay == "closed":  # decays to nothing, of one token, of all, beside decays of almost 1
+        args["g"] = (1e-3 * args["g"]).at[0, ::7].set(-jnp.inf).at[0, 1::7].set(-30).at[1, :, 1].set(-1000)
+    return args | {"state": recurrent.state(N, H, P, B)}
+
+
+def compare(args, packed):
+    B, T, N, _ = args["v"].shape
+    ids = jnp.asarray(recurrent.documents(T))[:B] if packed else None
+    op = functools.partial(delta_rule, segment_ids=ids)
+    want = recurrent.run(functools.partial(op, impl="ref"), args)
+    with pltpu.force_tpu_interpret_mode(ANY if N in (2, 4, 8) else TPU):
+        return recurrent.run(functools.partial(op, impl="tpu"), args), want
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "N", "H", "P", "packed", "decay"),
+    [
+        (2, 1, 1, 128, 128, False, "token"),
+        (200, 1, 1, 64, 64, True, "token"),
+        (131, 1, 3, 5, 130, True, "token"),  # widths to be filled up, an odd number of systems
+        (140, 1, 2, 8, 8, False, "closed"),
+        (70, 1, 1, 256, 256, True, "none"),
+        (300, 2, 4, 8, 128, True, "token"),
+        (65, 1, 16, 8, 8, True, "token"),  # two steps with parts of the gradients of one key head
+        (130, 8, 8, 128, 128, True, "token"),  # in place
+    ],
+)
+def test_agrees_with_the_definition(T, K, N, H, P, packed, decay):
+    recurrent.check(*compare(arguments(T, K, N, H, P, decay=decay, B=1 if N > 4 else 2), packed))
+
+
+@pytest.mark.parametrize(("K", "N"), [(1, 3), (8, 8)])
+def test_bfloat16(K, N):
+    got, want = compare(arguments(140, K, N, 128, 128, dtype=jnp.bfloat16, B=1), packed=True)
+    assert got["o"].dtype == got["dq"].dtype == jnp.bfloat16
+    errors = {name: recurrent.error(got[name], want[name]) for name in want}
+    limits = {name: VALUE_TOLERANCE if name in ("o", "state") else GRADIENT_TOLERANCE for name in want}
+    assert {name: e for name, e in errors.items() if not e <= limits[name]} == {}
+
+
+def values_and_gradients(op, args):
+    """As `recurrent.run`, but the cotangents are the same in every precision."""
+
+    @recurrent.jit
+    def run(args):
+        outputs, vjp = jax.vjp(lambda args: op(**args), args)
+        cotangents = (
+            jax.random.normal(jax.random.key(i), x.shape, jnp.float32).astype(x.dtype) for i, x in enumerate(outputs)
+        )
+        return dict(zip(("o", "state"), outputs, strict=True)) | {
+            f"d{name}": d for name, d in vjp(tuple(cotangents))[0].items()
+        }
+
+    return jax.tree.map(np.asarray, run(args))
+
+
+@pytest.mark.parametrize("closed", [0, 64])
+def test_error_does_not_grow(closed):
+    """4096 tokens with keys of correlation 0.9, beta 1.9, gates of 0 and of -30: about as exact as the definition."""
+    T, H = 4096, 64
+    args = arguments(T, 1, 1, H, H, B=1)
+    k = np.sqrt(0.9) * jax.random.normal(jax.random.key(0), (H,)) + np.sqrt(0.1) * args["q"]
+    args["k"] = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    args["beta"] = jnp.full((1, T, 1), 1.9)
+    g = np.zeros((1, T, 1), np.float32)
+    if closed:
+        g[:, ::closed] = -30
+    args["g"] = jnp.asarray(g)
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(np.asarray(x), jnp.float64) for name, x in args.items()}
+        exact = values_and_gradients(functools.partial(delta_rule, impl="ref"), wide)
+    assert exact["o"].dtype == np.float64
+    definition = values_and_gradients(functools.partial(delta_rule, impl="ref"), args)
+    limits = {name: 3 * recurrent.error(definition[name], x) for name, x in exact.items()}
+    # A sum over pairs of tokens that cancels where keys are alike; the definition sums before it multiplies.
+    limits["dg"] = 2e-5
+    for impl in ("tpu", "xla"):
+        with pltpu.force_tpu_interpret_mode(ANY):
+            got = values_and_gradients(functools.partial(delta_rule, impl=impl), args)
+        errors = {name: recurrent.error(got[name], x) for name, x in exact.items()}
+        assert {name: (e, limits[name]) for name, e in errors.items() if not e <= limits[name]} == {}
+
+
+def test_causality_to_the_bit():
+    args = arguments(150, 1, 2, 8, 8, decay="closed")
+    op = recurrent.jit(functools.partial(delta_rule, impl="tpu"))
+    with pltpu.force_tpu_interpret_mode(ANY):
+        before, _ = op(**args)
+        for t in (0, 20, 63, 127, 128, 140):
+            other = args | {name: x.at[:, t + 1 :].multiply(0.7) for name, x in args.items() if name != "state"}
+            after, _ = op(**other)
+            np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])
+            assert np.any(before[:, t + 1 :] != after[:, t + 1 :])
+
+
+def test_padding_may_hold_anything():
+    """NaN at padding reaches no output and no gradient."""
+    args, ids = arguments(140, 1, 2, 8, 8), jnp.asarray(recurrent.documents(140))
+    is_pad = ids == 0
+    broken = {
+        name: x if name == "state" else jnp.where(is_pad.reshape(2, 140, *[1] * (x.ndim - 2)), jnp.nan, x)
+        for name, x in args.items()
+    }
+    with pltpu.force_tpu_interpret_mode(ANY):
+        want, got = (
+            recurrent.run(functools.partial(delta_rule, segment_ids=ids, impl="tpu"), x) for x in (args, broken)
+        )
+    for name, x in want.items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_residuals_are_those_of_xla(dtype):
+    """One platform's forward may be followed by another's backward."""
+    args = arguments(50, 1, 3, 6, 10, dtype=dtype)
+    ids = jnp.asarray(recurrent.documents(50))
+    inputs = (*(args[name] for name in ("q", "k", "v", "beta", "g", "state")), ids)
+    with pltpu.force_tpu_interpret_mode(ANY):
+        _, got = recurrent.jit(functools.partial(tpu.forward, True, 0.5))(*inputs)
+    outputs, want = recurrent.jit(functools.partial(xla.forward, True, 0.5))(*inputs)
+    for x, y in zip(got, want, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    # Rows of the inverse that stand for padding are multiplied by 0, and may differ.
+    *_, states, inverse = [np.asarray(x, np.float64) for x in got]
+    assert recurrent.error(states, want[-2]) < (1e-2 if dtype == jnp.bfloat16 else 1e-5)
+    real = np.asarray(jnp.pad(ids > 0, ((0, 0), (0, 14))))[:, None, None, :, None]
+    assert recurrent.error(real * inverse, real * want[-1]) < (1e-2 if dtype == jnp.bfloat16 else 1e-5)
+    with pltpu.force_tpu_interpret_mode(ANY):
+        gradients = recurrent.jit(functools.partial(tpu.backward, 0.5))(want, outputs)
+    for x, y in zip(gradients, recurrent.jit(functools.partial(xla.backward, 0.5))(want, outputs), strict=True):
+        assert recurrent.error(x, y) < (GRADIENT_TOLERANCE if dtype == jnp.bfloat16 else 1e-4)
+
+
+def test_what_is_not_supported():
+    args = arguments(3, 1, 1, 300, 4)
+    with pytest.raises(ValueError, match="wider than 256"):
+        delta_rule(**args, impl="tpu")
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        delta_rule(**args | {"q": args["q"].astype(jnp.float16)}, impl="tpu")
