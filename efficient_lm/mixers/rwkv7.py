@@ -98,9 +98,8 @@ class RWKV7(SharingMixer):
         self.decay = LowRank("NH", cfg.decay_rank, ramp(-5.5, 0.5, H) + 2.5 * bend, activation=jnp.tanh, **keys)
         self.rate = LowRank("NH", cfg.rate_rank, ramp(-0.39, 0.01, H) + 0.3 * bend, **keys)
         self.gate = LowRank("NP", cfg.gate_rank, activation=jax.nn.sigmoid, **values)
-        self.first_share = None
-        if cfg.value_rank is not None:
-            self.first_share = LowRank("NP", cfg.value_rank, ramp(0.93, 0.53, P), **values)
+        share = lambda rank: LowRank("NP", rank, ramp(0.93, 0.53, P), **values)
+        self.first_share = None if cfg.value_rank is None else share(cfg.value_rank)
         self.replaced_scale = nnx.Param(shard(ramp(0.76, 0.66, H), "NH"))
         self.rate_scale = nnx.Param(shard(jnp.full((N, H), 1.02), "NH"))
         self.bonus = nnx.Param(shard(jnp.full((N, H), -0.04), "NH"))

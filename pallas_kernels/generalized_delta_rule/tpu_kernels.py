@@ -47,21 +47,21 @@ def _quarters(x: jax.Array) -> list[jax.Array]:
 # blocks fill registers, the second is moved to the blocks of the other half, where nothing else would be.
 
 
-def _pair(x: jax.Array, y: jax.Array, m: int, half: int) -> jax.Array:
+def _pair(m: int, half: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns both factors, from the rows that `take` takes."""
     if m < _ROWS:
         return _stack(x, y)
     return join([x, y] if half == FIRST else [y, x], m)
 
 
-def _unpair(scores: jax.Array, m: int, half: int) -> list[jax.Array]:
+def _unpair(m: int, half: int, scores: jax.Array) -> list[jax.Array]:
     """Returns the products with each of the two, given that with their `_pair`."""
     if m < _ROWS:
         return jnp.split(scores, 2, axis=1)
     return [scores, pltpu.roll(scores, CHUNK - m if half == FIRST else m, 1)]
 
 
-def _pair_columns(x: jax.Array, y: jax.Array, m: int, half: int) -> jax.Array:
+def _pair_columns(m: int, half: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns what to multiply a `_pair` by, for the sum of x times the first and y times the second."""
     if m < _ROWS:
         return _beside(x, y)
@@ -111,9 +111,9 @@ def forward(rule, blocks, flags_1L, *refs):
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = _stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
-                written = _pair(*(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)), m, FIRST)
+                written = _pair(m, FIRST, *(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)))
                 for i, scores in enumerate(_halves(product(readers, written, "nt"))):
-                    found[2 * i][m], found[2 * i + 1][m] = _unpair(scores, m, FIRST)
+                    found[2 * i][m], found[2 * i + 1][m] = _unpair(m, FIRST, scores)
             qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
             of_v, up_v = _halves(product(_stack(qk_LL, uk_LL), v_LP, "nn"))
             reads = _stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
@@ -152,10 +152,10 @@ def backward(rule, blocks, *refs):
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
-            readers = _pair(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)), m, SECOND)
-            levels[m] = to, of, readers, _pair(*written, m, FIRST)
+            readers = _pair(m, SECOND, *(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
+            levels[m] = to, of, readers, _pair(m, FIRST, *written)
             for i, scores in enumerate(_halves(product(_stack(*written), readers, "nt"))):
-                found[2 * i][m], found[2 * i + 1][m] = _unpair(scores, m, SECOND)
+                found[2 * i][m], found[2 * i + 1][m] = _unpair(m, SECOND, scores)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
         held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
@@ -181,12 +181,12 @@ def backward(rule, blocks, *refs):
         far = [dq_far, dup_far, *(jnp.zeros_like(q_LH) for _ in range(2))]
         for m, (to, of, readers, written) in levels.items():
             of_scores = [
-                _pair_columns(*(pairs.pick(d_LL, m, SECOND) for d_LL in of_reader), m, FIRST)
+                _pair_columns(m, FIRST, *(pairs.pick(d_LL, m, SECOND) for d_LL in of_reader))
                 for of_reader in ((dqb_LL, dqk_LL), (dub_LL, duk_LL))
             ]
             dq, dup = (to * d for d in _halves(product(_stack(*of_scores), written, "nn")))
             of_scores = [
-                _pair_columns(*(pairs.pick(d_LL, m, FIRST) for d_LL in of_written), m, SECOND)
+                _pair_columns(m, SECOND, *(pairs.pick(d_LL, m, FIRST) for d_LL in of_written))
                 for of_written in ((dbq_LL, dbu_LL), (dkq_LL, dku_LL))
             ]
             db, dk = (of * d for d in _halves(product(_stack(*of_scores), readers, "nn")))
