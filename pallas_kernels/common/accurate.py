@@ -32,5 +32,7 @@ def _split(x_XH: jax.Array) -> tuple[jax.Array, jax.Array]:
         jax.lax.bitcast_convert_type(largest_X1, jnp.int32) & 0x7F800000, jnp.float32
     )
     step_X1 = jnp.maximum(power_X1 * 2.0**-6, _LEAST)
-    upper_XH = jnp.round(x_XH / step_X1) * step_X1
+    # The reciprocal of a power of two, without a division, for which kernels would ask what chip they are for.
+    steps_X1 = jax.lax.bitcast_convert_type(0x7F000000 - jax.lax.bitcast_convert_type(step_X1, jnp.int32), jnp.float32)
+    upper_XH = jnp.round(x_XH * steps_X1) * step_X1
     return upper_XH, x_XH - upper_XH
