@@ -1,4 +1,15 @@
-"""The delta rule with one decay per head and token on TPU: DeltaNet and Gated DeltaNet, https://arxiv.org/abs/2412.06464."""
+"""The delta rule with one decay per token on TPU: DeltaNet, and Gated DeltaNet, https://arxiv.org/abs/2412.06464.
+
+The maths is that of `xla.py`, in chunks of 128 tokens: the side of a matrix unit. Chunks of 64 would halve the last
+level of the inverse, a tenth of the products, but double the traffic of states and the vector work on them. A grid step
+takes a chunk of up to eight heads. States stay in VMEM while a row is walked; documents are followed in the kernels, and
+padding is masked there, because a pass of XLA over an array costs as much as a kernel's reading it.
+
+States and inverses are kept for the backward pass, 512 bytes per token and head of width 128 in bfloat16 (q, k, v and o
+are 1024), written and read in 1.9 cycles on v5e. To make them again is the forward pass but for its outputs, and the
+inverses alone take 3.2 of its 6.2 cycles. A forward pass that is not differentiated writes none; one under
+`jax.checkpoint` does, and still gains.
+"""
 
 import functools
 
