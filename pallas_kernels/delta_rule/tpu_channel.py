@@ -16,8 +16,7 @@ once more would cost most of the forward pass, they cost 0.94 cycles to write an
 
 Cycles per token and head, by the compiler's schedule, for 8 heads of H = P = 128 in bfloat16, beside the floors: what
 passes between HBM and the kernel, and the products of matrices. Those are, forward, 2.5 for the seven levels of QW and
-KW, 1.25 for the others, 0.9 for the inverse, whose factors are two bfloat16 numbers each; backward, 5.75 for the
-gradients of the levels.
+KW, 1.25 for the others, 0.9 for the inverse, whose factors are two bfloat16 numbers each; backward, 5.75 for levels.
 
                   v5e: schedule  HBM  products      v6e: schedule  HBM  products
     forward                 8.7  3.8       4.7                6.9  2.2       2.3
