@@ -77,10 +77,10 @@ def main(spec: dict[str, Any]) -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"]).devices[0]
     # Kernels that ask which TPU they are for find it in the mesh.
     mesh = Mesh(np.array([device]), ("one",))
-    program = importlib.import_module(job.module).build(job.name, job.backward, job.impl)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), program.args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = importlib.import_module(job.module).build(job.name, job.backward, job.impl)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), program.args)
         traced = jax.jit(program.function).trace(*args)
         kernels = list(find_kernels(traced.jaxpr))
         compiled = traced.lower().compile()

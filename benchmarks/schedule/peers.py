@@ -58,9 +58,11 @@ def _tokamax():
     import tokamax  # pyright: ignore[reportMissingImports]
     from tokamax._src import config  # pyright: ignore[reportMissingImports]
 
+    # For as long as this process lives: gradients are traced after the function has returned.
+    config.cross_compile(True).__enter__()
+
     def attend(q, k, v, g, beta):
-        with config.cross_compile(True):
-            return tokamax.ops.kimi_delta_attention(q, k, v, g, beta, implementation="mosaic")[0]
+        return tokamax.ops.kimi_delta_attention(q, k, v, g, beta, implementation="mosaic")[0]
 
     x = jax.ShapeDtypeStruct((N, B, T, H), jnp.bfloat16)
     g = jax.ShapeDtypeStruct((N, B, T, H), jnp.float32)

@@ -62,8 +62,8 @@ def _columns(flags_1L, rows_8L):
     return jnp.where(flags_1L[...] & REAL > 0, rows_8L[...], 0).T
 
 
-def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *kept):
-    *kept, S_NPH = kept
+def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *rest):
+    *kept, S_NPH = rest  # the states before chunks and the inverses, or nothing
     start(S_NPH, S_NHP)
     tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
@@ -86,7 +86,7 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
             read_LP, held_LP = _halves(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
             waiting.append((n, x_LP, scores_LL, read_LP, w_LH * decays.writes, decays.keep_1H))
-    # 2. What differs in truth; with it all else.
+    # 2. The errors; with them all else.
     o, inverses = [], rule.inverses(systems)
     for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(inverses, waiting, strict=True):
         if kept:
@@ -123,7 +123,7 @@ def backward(rule, blocks, *refs):
             levels[m] = to, of, q, k, fill(w, m, FIRST)
             found[m] = product(w, q, "nt")
         scoresT_LL = pairs.gather(found, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), FIRST)
-        # 2. The gradients of the differences and, through the triangular system, of what they are differences of.
+        # 2. The gradients of the errors and, through the triangular system, of v; what k reads has that of -v.
         du_LP = product(scoresT_LL, do_LP, "nn") + product(w_LH * decays.writes, dS_PH, "nt")
         dv_LP = product(inverse_LL, du_LP, "tn")
         dreads = _stack(do_LP, -dv_LP)
@@ -133,7 +133,7 @@ def backward(rule, blocks, *refs):
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), w_LH * dput_LH, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, _stack(reads_q_LH, reads_k_LH), "tn")
-        # 4. Within the chunk.
+        # 4. Within the chunk. As in linear attention, what close tokens add to dg is summed by itself.
         dqw_LL, dkw_LL = _halves(product(dreads, u_LP, "nt"))
         dqwT_LL, dkwT_LL = dqw_LL.T, dkw_LL.T
         dq_near, dk_near, dw_near, dw_far = (jnp.zeros_like(k_LH) for _ in range(4))
@@ -143,13 +143,11 @@ def backward(rule, blocks, *refs):
             of_q, of_k = (pairs.pick(x_LL, m, FIRST) for x_LL in (dqwT_LL, dkwT_LL))
             if m < 8:
                 dw = of * product(_beside(of_q, of_k), _stack(q, k), "nn")
+                dq_near, dk_near = add(dq_near, dq, m, SECOND), add(dk_near, dk, m, SECOND)
+                dw_near = add(dw_near, dw, m, FIRST)
             else:  # readers are in second blocks: those of k move to the first ones, and one product takes both
                 of_scores = of_q + pltpu.roll(of_k, CHUNK - m, 1)
                 dw = of * product(of_scores, join([take(k, m, SECOND), take(q, m, SECOND)], m), "nn")
-            if m < 8:
-                dq_near, dk_near = add(dq_near, dq, m, SECOND), add(dk_near, dk, m, SECOND)
-                dw_near = add(dw_near, dw, m, FIRST)
-            else:
                 dq_far, dk_far = add(dq_far, dq, m, SECOND), add(dk_far, dk, m, SECOND)
                 dw_far = add(dw_far, dw, m, FIRST)
         dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
