@@ -37,7 +37,7 @@ class Block(nnx.Module):
         y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
         x, aux = x + y_BTD, {}
         if self.ffn is not None and self.ffn_norm is not None:
-            y_BTD, aux = self.ffn(self.ffn_norm(x))
+            y_BTD, aux = self.ffn(self.ffn_norm(x), segment_ids=segment_ids)
             x = x + y_BTD
         return x, state, aux
 
