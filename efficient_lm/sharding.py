@@ -59,12 +59,6 @@ def spec(dims: str) -> PartitionSpec:
     return PartitionSpec(*partition)
 
 
-def num_shards(dims: str) -> int:
-    """Returns into how many parts the mesh cuts an array whose dimensions are `dims`."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for dim in dims for axis in MESH_AXES.get(dim, ()) if axis in sizes)
-
-
 def shard(x: jax.Array, dims: str) -> jax.Array:
     """Lays `x` out as its letters say."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(dims))

@@ -1,4 +1,4 @@
-"""The mixtures of experts against layers of transformers (tests/golden/make/moe.py), as tests/mixers does for mixers."""
+"""Mixtures of experts against layers of transformers (tests/golden/make/moe.py), as tests/mixers does for mixers."""
 
 import json
 import operator

@@ -111,7 +111,7 @@ class TopK(Router):
     def _choose(self, scores_BTE, ranking_BTE, is_real_BT):
         cfg, (B, T, E) = self.cfg, scores_BTE.shape
         if cfg.groups is not None:
-            grouped = ranking_BTE.reshape(B, T, cfg.groups.num_groups, -1)
+            grouped = ranking_BTE.reshape(B, T, cfg.groups.num_groups, E // cfg.groups.num_groups)
             values_BTG = jnp.sum(jax.lax.top_k(grouped, cfg.groups.num_best)[0], axis=-1)
             _, chosen_BTK = jax.lax.top_k(values_BTG, cfg.groups.top_k)
             is_open_BTG = jnp.any(chosen_BTK[..., None] == jnp.arange(cfg.groups.num_groups), axis=2)
