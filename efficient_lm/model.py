@@ -185,6 +185,7 @@ class LanguageModel(nnx.Module):
         return einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
 
 
-def _mean_aux(auxes: list[Aux]) -> Aux:
+def _mean_aux(auxes: list[dict[str, Array]]) -> Aux:
+    """Those of the periods have a number for each."""
     names = sorted({name for aux in auxes for name in aux})
     return {name: jnp.mean(jnp.concatenate([jnp.ravel(aux[name]) for aux in auxes if name in aux])) for name in names}

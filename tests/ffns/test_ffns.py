@@ -5,7 +5,15 @@ import pytest
 
 from efficient_lm import ffns
 from efficient_lm.ffns import FFNConfig, MLPConfig, MoEConfig, routers
-from efficient_lm.ffns.routers import GroupLimitConfig, RouterConfig, TopKConfig
+from efficient_lm.ffns.routers import (
+    ExpertChoiceConfig,
+    GroupLimitConfig,
+    ReLUConfig,
+    RouterConfig,
+    SoftConfig,
+    TopKConfig,
+    TopPConfig,
+)
 
 
 def moe(router: RouterConfig, **fields) -> MoEConfig:
@@ -28,11 +36,15 @@ TINY = {
         ),
         activation="squared_relu",
     ),
+    "top-p": moe(TopPConfig(top_p=0.6, max_experts=5, expected_experts=3.0, entropy_loss=0.1, balance_loss=0.1)),
+    "ReLU": moe(ReLUConfig(expected_experts=2.0, max_experts=6, loss=0.1)),
+    "expert choice": moe(ExpertChoiceConfig(experts_per_token_on_average=2.0)),
+    "soft": moe(SoftConfig(num_slots=2, seq_len=promises.T)),
     "capacity": moe(TopKConfig(top_k=2, capacity_factor=0.75, balance_loss=0.1)),
 }
 
 # Those that look at other tokens by definition.
-NOT_BY_ITSELF = {"capacity"}
+NOT_BY_ITSELF = {"capacity", "expert choice", "soft"}
 
 
 def test_every_network_is_covered():
