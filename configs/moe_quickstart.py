@@ -1,7 +1,7 @@
 """The quickstart with experts: as much work for a token, twice the weights.
 
-1.81 M parameters, of which a token uses 0.93 M: a shared network of width 128, and four experts of sixteen, each 64 wide,
-in place of one network of width 384.
+1.81 M parameters, of which a token uses 0.93 M: a shared network of width 128, and four experts of sixteen,
+each 64 wide, in place of one network of width 384.
 """
 
 import dataclasses

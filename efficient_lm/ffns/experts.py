@@ -1,6 +1,7 @@
 """Experts: networks side by side, each of which works on its own rows."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from efficient_lm.ffns.base import Aux
 from efficient_lm.ffns.exchange import exchange
 from efficient_lm.ffns.mlp import activate
 from efficient_lm.sharding import einsum, per_shard, shard
@@ -25,10 +27,11 @@ class Experts(nnx.Module):
         num_experts: int,
         activation: Literal["swiglu", "gelu", "squared_relu"],
         share: float,
+        room: float | None = None,
         rngs: nnx.Rngs,
     ):
-        """`share` is the part of the experts that one token uses; FLOPs are counted with it."""
-        self.num_experts, self.activation = num_experts, activation
+        """`share` is the part of the experts that one token uses; FLOPs are counted with it. `room`: see MoEConfig."""
+        self.num_experts, self.activation, self.room = num_experts, activation, room
         E, D, F = num_experts, d_model, d_ff
 
         def draw(shape, dims):
@@ -41,46 +44,62 @@ class Experts(nnx.Module):
 
     def chosen(
         self, x: Float[Array, "B T D"], experts: Int[Array, "B T K"], weights: Float[Array, "B T K"]
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         """Returns the weighted sum of what each token's experts make of it; expert number E is none.
 
-        No token is dropped, however many choose the same expert. Devices of the expert axis send tokens to each other.
+        No token is dropped, however many choose the same expert, unless devices have no `room` for all. Devices of the
+        expert axis send tokens to each other.
         """
-        run = per_shard(self._sorted, "BTD,BTk,BTk,EdF,EdF,EFd", "BTD")
-        return run(x, experts, weights, *self._kernels(x.dtype, "EdF"))
+        run = per_shard(self._sorted, "BTD,BTk,BTk,EdF,EdF,EFd", "BTD,B")
+        y_BTD, lost_B = run(x, experts, weights, *self._kernels(x.dtype, "EdF"))
+        if self.room is None:
+            return y_BTD, {}
+        return y_BTD, {"dropped": jnp.sum(lost_B) / jnp.maximum(jnp.sum(experts < self.num_experts), 1)}
 
     @jax.named_scope("experts")
     def _sorted(self, x_BTD, experts_BTK, weights_BTK, *matrices):
         D, K = x_BTD.shape[2], experts_BTK.shape[2]
         experts_A = experts_BTK.reshape(-1)
         order_A, inverse_A = _sorting(experts_A)
-        sizes_E = _sizes(experts_A, self.num_experts)
+        sizes_E = jnp.sum(experts_A[:, None] == jnp.arange(self.num_experts), axis=0, dtype=jnp.int32)
         x_AD = _permute(K, x_BTD.reshape(-1, D), order_A, inverse_A)
-        y_AD = self._on_their_devices(x_AD, sizes_E, *matrices)
+        if _axis_size("expert") == 1:
+            y_AD, is_lost_A = self._network(x_AD, sizes_E, *matrices), jnp.zeros(experts_A.shape, bool)
+        else:
+            y_AD, is_lost_A = self._elsewhere(x_AD, sizes_E, *matrices)
         y_BTKD = _permute(1, y_AD, inverse_A, order_A).reshape(*experts_BTK.shape, D)
         y_BTD = jnp.einsum("BTKD,BTK->BTD", y_BTKD, weights_BTK, preferred_element_type=weights_BTK.dtype)
         if _axis_size("model") > 1:  # Each device has some of the hidden channels.
             y_BTD = jax.lax.psum(y_BTD, "model")
-        return y_BTD.astype(x_BTD.dtype)
+        return y_BTD.astype(x_BTD.dtype), jnp.sum(is_lost_A[inverse_A].reshape(experts_BTK.shape), axis=(1, 2))
 
-    def _on_their_devices(self, x_AD, sizes_E, *matrices):
-        """Sends sorted rows to where their experts are, and back."""
-        P = _axis_size("expert")
-        if P == 1:
-            return self._network(x_AD, sizes_E, *matrices)
-        num_local = self.num_experts // P
-        counts_PQE = jax.lax.all_gather(sizes_E, "expert").reshape(P, P, num_local)
+    def _elsewhere(self, x_AD, sizes_E, *matrices):
+        """Sends sorted rows to where their experts are, and back; returns them, and which found no room."""
+        P, me, num_rows = _axis_size("expert"), jax.lax.axis_index("expert"), x_AD.shape[0]
+        E = self.num_experts // P
+        counts_PQE = jax.lax.all_gather(sizes_E, "expert").reshape(P, P, E)
         sizes_PQ = jnp.sum(counts_PQE, axis=2)
-        from_PQ, to_PQ = (jnp.cumsum(sizes_PQ, axis) - sizes_PQ for axis in (1, 0))
-        num_rows = P * x_AD.shape[0]  # All rows of all devices may come here.
-        x_RD = exchange("expert", num_rows, x_AD, sizes_PQ, from_PQ, to_PQ)
+        from_PQ = jnp.cumsum(sizes_PQ, axis=1) - sizes_PQ
+        # Without a limit, all rows of all devices may come here.
+        capacity = P * num_rows if self.room is None else min(math.ceil(self.room * num_rows), P * num_rows)
+        if self.room is not None:  # The last rows of the last devices stay away.
+            ends_QX = jnp.minimum(jnp.cumsum(counts_PQE.swapaxes(0, 1).reshape(P, P * E), axis=1), capacity)
+            counts_PQE = jnp.diff(ends_QX, axis=1, prepend=0).reshape(P, P, E).swapaxes(0, 1)
+            sizes_PQ = jnp.sum(counts_PQE, axis=2)
+        to_PQ = jnp.cumsum(sizes_PQ, axis=0) - sizes_PQ
+
+        x_RD = exchange("expert", capacity, x_AD, sizes_PQ, from_PQ, to_PQ)
         # They come device by device, and sorted from each of them.
-        counts_PE = counts_PQE[:, jax.lax.axis_index("expert")]
-        block_R = jnp.searchsorted(jnp.cumsum(counts_PE), jnp.arange(num_rows), side="right")
-        order_R, inverse_R = _sorting(jnp.where(block_R < counts_PE.size, block_R % num_local, num_local))
+        counts_PE = counts_PQE[:, me]
+        block_R = jnp.searchsorted(jnp.cumsum(counts_PE), jnp.arange(capacity), side="right")
+        order_R, inverse_R = _sorting(jnp.where(block_R < P * E, block_R % E, E))
         y_RD = self._network(_permute(1, x_RD, order_R, inverse_R), jnp.sum(counts_PE, axis=0), *matrices)
         y_RD = _permute(1, y_RD, inverse_R, order_R)
-        return exchange("expert", x_AD.shape[0], y_RD, sizes_PQ.T, to_PQ.T, from_PQ.T)
+        y_AD = exchange("expert", num_rows, y_RD, sizes_PQ.T, to_PQ.T, from_PQ.T)
+
+        row_A1 = jnp.arange(num_rows)[:, None]
+        is_sent_A = jnp.any((row_A1 >= from_PQ[me]) & (row_A1 < from_PQ[me] + sizes_PQ[me]), axis=1)
+        return y_AD, (row_A1[:, 0] < jnp.sum(sizes_E)) & ~is_sent_A
 
     def _network(self, x_AD, sizes_E, up_EDF, gate_EDF, down_EFD):
         gate_AF = None if gate_EDF is None else kernels.grouped_matmul(x_AD, gate_EDF, sizes_E)
@@ -121,10 +140,6 @@ class Experts(nnx.Module):
 
 def _axis_size(name):
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)
-
-
-def _sizes(experts_A, num_experts):
-    return jnp.sum(experts_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
 
 
 def _sorting(experts_A):

@@ -31,6 +31,10 @@ class MoEConfig(FFNConfig):
     shared_gate: bool = False
     """The shared network counts as much as a sigmoid of the token says (Qwen2-MoE)."""
 
+    room: float | None = None
+    """Rows that a device of the expert axis takes from all of them, as a multiple of the rows that it sends; more are
+    dropped and counted. None: as many as there are, so that nobody is dropped; memory is set aside for all of them."""
+
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "MoE":
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate=True needs a network to gate: set shared")
@@ -46,6 +50,7 @@ class MoE(FFN):
             num_experts=cfg.num_experts,
             activation=cfg.activation,
             share=cfg.router.experts_per_token(cfg.num_experts) / cfg.num_experts,
+            room=cfg.room,
             rngs=rngs,
         )
         self.shared = None if cfg.shared is None else MLP(cfg.shared, d_model, rngs=rngs)

@@ -27,7 +27,7 @@ def choices(load: str) -> np.ndarray:
 
 
 def sorted_form(experts, x, ids, weights):
-    return experts.chosen(x, ids, weights)
+    return experts.chosen(x, ids, weights)[0]
 
 
 def dense_form(experts, x_BTD, ids_BTK, weights_BTK):
@@ -72,6 +72,24 @@ def test_on_devices_of_their_own(load):
     want = run(dense_form, load)
     with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
         assert_close(run(sorted_form, load), want)
+
+
+def test_without_room_the_last_stay_away():
+    """With room for as many rows as each device sends, and all rows for one device, those of the first one get in."""
+    build = lambda: Experts(
+        d_model=D, d_ff=12, num_experts=E, activation="swiglu", share=K / E, room=1.0, rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(1)
+    x, weights = (jnp.asarray(rng.normal(size=(B, T, width)), jnp.float32) for width in (D, K))
+    ids = jnp.asarray(choices("one expert"))
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
+        run = jax.jit(lambda experts, *args: experts.chosen(*args))
+        y, aux = jax.device_get(run(jax.jit(build)(), *(shard(a, "BT.") for a in (x, ids, weights))))
+    np.testing.assert_allclose(aux["dropped"], 0.75, rtol=1e-6)
+    want = np.asarray(jax.jit(dense_form)(jax.jit(build)(), x, ids, weights))
+    # Each of eight devices has a row of the batch; the first of the expert axis are rows 0 and 4.
+    np.testing.assert_allclose(y[::4], want[::4], atol=1e-5)
+    assert not np.any(np.delete(y, [0, 4], axis=0))
 
 
 def emulated_ragged_all_to_all(x, output, from_Q, send_Q, to_Q, receive_P, *, axis_name):

@@ -71,7 +71,8 @@ class ReLU(Router):
         prices_E = load_E * (load_E.size / jnp.maximum(jnp.sum(load_E), 1.0))
         loss = jnp.mean(prices_E * mean_over_tokens(scores_BTE, is_real))
         aux = {"sparsity_loss": jax.lax.stop_gradient(self.loss_weight[...]) * loss, "experts_per_token": per_token}
-        return experts.chosen(x, experts_BTK, weights_BTK), load_report(load_E) | aux
+        y_BTD, sent = experts.chosen(x, experts_BTK, weights_BTK)
+        return y_BTD, load_report(load_E) | aux | sent
 
     def _choose(self, scores_BTE, is_real_BT):
         weights_BTK, experts_BTK = jax.lax.top_k(scores_BTE, self.cfg.max_experts)

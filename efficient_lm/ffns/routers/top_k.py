@@ -95,12 +95,14 @@ class TopK(Router):
             weights_BTK = measure(self.bias, load_E, weights_BTK)
 
         if cfg.capacity_factor is None:
-            y_BTD = experts.chosen(x, experts_BTK, weights_BTK)
+            y_BTD, aux = experts.chosen(x, experts_BTK, weights_BTK)
         else:
             capacity = math.ceil(cfg.capacity_factor * x.shape[1] * cfg.top_k / E)
-            y_BTD = experts.gathered(x, *fill_slots(experts_BTK, weights_BTK, E, capacity))
+            tokens_BEC, weights_BEC = fill_slots(experts_BTK, weights_BTK, E, capacity)
+            y_BTD = experts.gathered(x, tokens_BEC, weights_BEC)
+            aux = {"dropped": 1.0 - jnp.sum(tokens_BEC < x.shape[1]) / jnp.maximum(jnp.sum(load_E), 1.0)}
 
-        aux = load_report(load_E)
+        aux |= load_report(load_E)
         if cfg.balance_loss > 0:
             shares_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
             aux["balance_loss"] = cfg.balance_loss * balance(shares_BTE, load_E, is_real)

@@ -61,7 +61,8 @@ class TopP(Router):
             aux["entropy_loss"] = cfg.entropy_loss * mean_over_tokens(entropy_BT, is_real)
         if cfg.balance_loss > 0:
             aux["balance_loss"] = cfg.balance_loss * balance(probabilities_BTE, load_E, is_real)
-        return experts.chosen(x, experts_BTK, weights_BTK), aux
+        y_BTD, sent = experts.chosen(x, experts_BTK, weights_BTK)
+        return y_BTD, aux | sent
 
     def _choose(self, probabilities_BTE, is_real_BT):
         weights_BTK, experts_BTK = jax.lax.top_k(probabilities_BTE, self.cfg.max_experts)
