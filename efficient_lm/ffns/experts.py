@@ -115,8 +115,7 @@ class Experts(nnx.Module):
         take = per_shard(lambda x, at: x.at[rows(len(x)), at].get(mode="fill", fill_value=0), "BTD,Bec", "BecD")
 
         def add(y_BECD, at, weights):
-            y_BTD = jnp.zeros((*x.shape[1:],), weights.dtype)
-            y_BTD = jnp.broadcast_to(y_BTD, (len(at), *y_BTD.shape))
+            y_BTD = jnp.zeros((len(at), *x.shape[1:]), weights.dtype)
             return y_BTD.at[rows(len(at)), at].add(weights[..., None] * y_BECD, mode="drop").astype(x.dtype)
 
         y_BECD = self.slots(take(x, tokens))
