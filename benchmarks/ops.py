@@ -86,6 +86,11 @@ _HEADS = {"q": "bf16[BTKH]", "k": "bf16[BTKH]", "v": "bf16[BTNP]"}
 _STATE = {"state": "f32[BNHP]", "segment_ids": "s32[BT]"}
 _HEADS_OUT = "bf16[BTNP],f32[BNHP]"
 
+
+def _grouped_matmul(**args: Any) -> tuple[jax.Array]:
+    return (kernels.grouped_matmul(**args),)
+
+
 CASES = {
     "linear_attention": Case(
         kernels.linear_attention, {**_HEADS, "g": "f32[BTN]", **_STATE}, _HEADS_OUT, tpu_kernel=True
@@ -147,6 +152,14 @@ CASES = {
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=False,
         trips=32 * 33,
+    ),
+    "grouped_matmul": Case(
+        _grouped_matmul,
+        {"x": "bf16[Td]", "w": "bf16[edF]", "group_sizes": "s32[e]"},
+        "bf16[TF]",
+        tpu_kernel=True,
+        sizes={"E": 8},
+        trips=36,  # Of tiles of 128 rows, half of one for each group beside those that are full.
     ),
     "linear_cross_entropy": Case(
         kernels.linear_cross_entropy,

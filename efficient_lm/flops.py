@@ -28,15 +28,22 @@ def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
     Products with weights count 2 operations per weight, what mixers do beside them as they say; the backward pass
     costs twice the forward pass. What is computed again to save memory does not count.
     """
-    weights = 0
-    for variable in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        if "contracted" in variable.get_metadata() and variable.get_metadata()["contracted"]:
-            weights += math.prod(variable.shape)
-    if model.head is None:  # The tied embedding is the head's matrix too.
-        weights += math.prod(model.embedding.shape)
+    weights = active_weights(model)
     mixing = sum(block.mixer.flops_per_token(seq_len) for block in [*model.prefix, *model.tail])
     mixing += model.cfg.num_periods * sum(block.mixer.flops_per_token(seq_len) for block in model.periods)
     return 3.0 * (2.0 * weights + mixing)
+
+
+def active_weights(model: LanguageModel) -> float:
+    """Returns how many weights a token is multiplied with; of experts, those of its own."""
+    weights = 0.0
+    for variable in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        metadata = variable.get_metadata()
+        if metadata.get("contracted"):
+            weights += math.prod(variable.shape) * metadata.get("share", 1.0)
+    if model.head is None:  # The tied embedding is the head's matrix too.
+        weights += math.prod(model.embedding.shape)
+    return weights
 
 
 def peak_flops() -> float | None:

@@ -41,7 +41,7 @@ class Block(nnx.Module):
             y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
         x, aux = x + y_BTD, {}
         if self.ffn is not None and self.ffn_norm is not None:
-            y_BTD, aux = self.ffn(self.ffn_norm(x))
+            y_BTD, aux = self.ffn(self.ffn_norm(x), segment_ids=segment_ids)
             x = x + y_BTD
         return x, state, shared, aux
 
@@ -193,6 +193,7 @@ class LanguageModel(nnx.Module):
         return einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
 
 
-def _mean_aux(auxes: list[Aux]) -> Aux:
+def _mean_aux(auxes: list[dict[str, Array]]) -> Aux:
+    """Those of the periods have a number for each."""
     names = sorted({name for aux in auxes for name in aux})
     return {name: jnp.mean(jnp.concatenate([jnp.ravel(aux[name]) for aux in auxes if name in aux])) for name in names}

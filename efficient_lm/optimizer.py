@@ -145,7 +145,7 @@ def muon_dimensions(params: Any) -> Any:
     """Returns, for each parameter, which dimensions are the rows and columns that Muon orthogonalises; None: not any.
 
     They come from the letters of the contraction, counted from the end: the weights of scanned layers are stacked in
-    front, and those of several heads form one matrix.
+    front, and those of several heads form one matrix; the letters that are `stacked` count the matrices of one weight.
     """
 
     def dimensions(p):
@@ -155,7 +155,7 @@ def muon_dimensions(params: Any) -> Any:
             return None
         axes = {d: p.ndim - len(dims) + i for i, d in enumerate(dims)}
         rows = tuple(axes[d] for d in dims if d in contracted)
-        columns = tuple(axes[d] for d in dims if d not in contracted)
+        columns = tuple(axes[d] for d in dims if d not in contracted + metadata.get("stacked", ""))
         return optax.contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
 
     return _per_variable(dimensions, params)

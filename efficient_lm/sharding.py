@@ -16,7 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-MESH_AXES = {"B": "data", "D": "data", "V": "model", "F": "model", "N": "model", "K": "model", "E": "expert"}
+# The devices that share the experts have rows of the batch of their own, too.
+MESH_AXES = {
+    "B": ("data", "expert"),
+    "D": ("data",),
+    "V": ("model",),
+    "F": ("model",),
+    "N": ("model",),
+    "K": ("model",),
+    "E": ("expert",),
+}
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -25,7 +34,7 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     Raises:
       ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
     """
-    known = sorted(set(MESH_AXES.values()))
+    known = sorted({axis for axes in MESH_AXES.values() for axis in axes})
     for name in axes:
         if name not in known:
             raise ValueError(f"mesh axis {name!r} is unknown; the axes are {', '.join(known)}")
@@ -42,12 +51,12 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 def spec(dims: str) -> PartitionSpec:
     """Returns the partition of an array whose dimensions are `dims`; a mesh axis goes to its first letter."""
     free = set(jax.sharding.get_abstract_mesh().axis_names)
-    axes = []
+    partition = []
     for dim in dims:
-        axis = MESH_AXES.get(dim)
-        axes.append(axis if axis in free else None)
-        free.discard(axis)
-    return PartitionSpec(*axes)
+        axes = tuple(axis for axis in MESH_AXES.get(dim, ()) if axis in free)
+        partition.append(axes[0] if len(axes) == 1 else axes or None)
+        free.difference_update(axes)
+    return PartitionSpec(*partition)
 
 
 def shard(x: jax.Array, dims: str) -> jax.Array:

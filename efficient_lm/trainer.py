@@ -21,7 +21,7 @@ from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
-from efficient_lm.sharding import make_mesh, sharding
+from efficient_lm.sharding import MESH_AXES, make_mesh, sharding
 from efficient_lm.signals import stop_signals
 from efficient_lm.training import init_state, make_eval_step, make_train_step
 
@@ -62,11 +62,13 @@ def check(cfg: TrainConfig) -> None:
     """Raises ValueError for what can be known to fail before anything is read, written or compiled."""
     check_logging(cfg.logging)
     if cfg.mesh:
-        rows, shards = cfg.batch_size // cfg.grad_accumulation, make_mesh(cfg.mesh).shape.get("data", 1)
-        if rows % shards:
+        rows, sizes = cfg.batch_size // cfg.grad_accumulation, make_mesh(cfg.mesh).shape
+        shards = {axis: sizes[axis] for axis in MESH_AXES["B"] if axis in sizes}
+        if rows % math.prod(shards.values()):
+            among = " x ".join(f"{axis}={size}" for axis, size in shards.items())
             raise ValueError(
                 f"batch_size={cfg.batch_size} / grad_accumulation={cfg.grad_accumulation} = {rows} rows "
-                f"cannot be divided among data={shards} devices"
+                f"cannot be divided among {among} devices"
             )
     jax.eval_shape(lambda: init_state(cfg, cfg.optimizer.build(cfg.num_steps)[0]))
 

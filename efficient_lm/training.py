@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from efficient_lm import buffers
 from efficient_lm.config import TrainConfig
 from efficient_lm.data import Batch
 from efficient_lm.model import LanguageModel
@@ -65,14 +66,14 @@ def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.Gra
         loss, sums, grads = gradients(state.model, batch)
         # Sums over tokens become means only here: parts of a batch may hold different numbers of them.
         tokens = jnp.maximum(sums["tokens"], 1.0)
-        grads = jax.tree.map(lambda x: x / tokens, grads)
+        grads, measured = buffers.split(jax.tree.map(lambda x: x / tokens, grads))
         norm = optax.tree.norm(grads)
         accept, guard_state = guard(cfg.guard, state.guard, norm)
 
         params: Any = state.model  # To optax, a module is a tree of arrays like any other.
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         # A select, not a branch: XLA runs branches on one core of a CPU, and cannot fuse across them anywhere.
-        new = (optax.apply_updates(params, updates), opt_state)
+        new = (buffers.follow(optax.apply_updates(params, updates), measured), opt_state)
         keep = lambda new, old: jnp.where(accept, new, old)
         model, opt_state = jax.tree.map(keep, new, (params, state.opt_state))
         metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}

@@ -4,9 +4,10 @@ import abc
 import dataclasses
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-type Aux = dict[str, Float[Array, ""]]  # Losses and measurements that the layer wants reported, by name.
+type Aux = dict[str, Float[Array, ""]]
+"""What the layer wants reported, by name: measurements, and losses, whose names end in "_loss"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,11 +16,20 @@ class FFNConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "FFN":
-        """Returns the network for a model of width `d_model`."""
+        """Returns the network for a model of width `d_model`.
+
+        Raises:
+          ValueError: sizes that do not fit together.
+        """
 
 
 class FFN(nnx.Module):
-    """A map of each token by itself: `y, aux = ffn(x)`."""
+    """A map of each token by itself: `y, aux = ffn(x)`.
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
+    Padding (segment id 0) takes no part in what is counted or learned; what comes out there means nothing.
+    """
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         raise NotImplementedError

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from efficient_lm.ffns.base import FFN, Aux, FFNConfig
 from efficient_lm.layers import Einsum
@@ -32,12 +32,19 @@ class MLP(FFN):
         self.down_proj = Einsum("BTF,FD->BTD", D=D, F=F, rngs=rngs)
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Aux]:
-        up_BTF = self.up_proj(x)
-        if self.gate_proj is not None:
-            hidden_BTF = jax.nn.silu(self.gate_proj(x)) * up_BTF
-        elif self.cfg.activation == "gelu":
-            hidden_BTF = jax.nn.gelu(up_BTF)
-        else:
-            hidden_BTF = jnp.square(jax.nn.relu(up_BTF))
-        return self.down_proj(hidden_BTF), {}
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        gate_BTF = None if self.gate_proj is None else self.gate_proj(x)
+        return self.down_proj(activate(self.cfg.activation, self.up_proj(x), gate_BTF)), {}
+
+
+def activate(
+    activation: Literal["swiglu", "gelu", "squared_relu"],
+    up: Float[Array, "*B F"],
+    gate: Float[Array, "*B F"] | None,
+) -> Float[Array, "*B F"]:
+    """Returns the hidden layer; only swiglu has a gate."""
+    if gate is not None:
+        return jax.nn.silu(gate) * up
+    return jax.nn.gelu(up) if activation == "gelu" else jnp.square(jax.nn.relu(up))
