@@ -150,11 +150,10 @@ def _solve_forward(num_iterations, y_BTNH, system):
 
 
 def _solve_backward(num_iterations, residuals, dx_BTNH):
-    # Constants among residuals come back as NumPy's.
-    x_BTNH, system = jax.tree.map(jnp.asarray, residuals)
-    dy_BTNH = _solve(num_iterations, dx_BTNH, system)  # The system is symmetric.
-    _, vjp = jax.vjp(lambda system: _product(x_BTNH, system), system)
-    return dy_BTNH, vjp(-dy_BTNH)[0]
+    x_BTNH, (*arrays, ids_BT) = residuals
+    dy_BTNH = _solve(num_iterations, dx_BTNH, (*arrays, ids_BT))  # The system is symmetric.
+    _, vjp = jax.vjp(lambda *arrays: _product(x_BTNH, (*arrays, ids_BT)), *arrays)
+    return dy_BTNH, (*vjp(-dy_BTNH), None)
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
