@@ -2,8 +2,8 @@
 
 The maths is that of `xla.py`, in chunks of 128 tokens: the side of a matrix unit. Chunks of 64 would halve the last
 level of the inverse, a tenth of the products, but double the traffic of states and the vector work on them. A grid step
-takes a chunk of up to eight heads. States stay in VMEM while a row is walked; documents are followed in the kernels, and
-padding is masked there, because a pass of XLA over an array costs as much as a kernel's reading it.
+takes a chunk of up to eight heads. States stay in VMEM while a row is walked. Documents are followed in the kernels, and
+padding is masked there: a pass of XLA over an array costs as much as a kernel's reading it.
 
 States and inverses are kept for the backward pass, 512 bytes per token and head of width 128 in bfloat16 (q, k, v and o
 are 1024), written and read in 1.9 cycles on v5e. To make them again is the forward pass but for its outputs, and the
