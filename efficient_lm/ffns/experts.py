@@ -2,11 +2,12 @@
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
@@ -31,7 +32,8 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`share` is the part of the experts that one token uses; FLOPs are counted with it. `room`: see MoEConfig."""
-        self.num_experts, self.activation, self.room = num_experts, activation, room
+        self.num_experts, self.room = num_experts, room
+        self.activation: Literal["swiglu", "gelu", "squared_relu"] = activation
         E, D, F = num_experts, d_model, d_ff
 
         def draw(shape, dims):
@@ -131,7 +133,7 @@ class Experts(nnx.Module):
         y_EBCD = einsum("EBCF,EFD->EBCD", hidden_EBCF, down_EFD)
         return shard(jnp.swapaxes(y_EBCD, 0, 1), "BecD")
 
-    def _kernels(self, dtype, dims):
+    def _kernels(self, dtype: DTypeLike, dims: str) -> tuple[Any, Any, Any]:
         back = dims[0] + dims[2] + dims[1]
         place = lambda kernel, dims: None if kernel is None else shard(kernel[...].astype(dtype), dims)
         return place(self.up_proj, dims), place(self.gate_proj, dims), place(self.down_proj, back)
