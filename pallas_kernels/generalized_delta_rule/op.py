@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.shapes import check_heads, check_shapes
-from pallas_kernels.generalized_delta_rule import ref, tpu, xla
+from pallas_kernels.generalized_delta_rule import ref, step, tpu, xla
 
 # Every forward returns the same residuals, so that one platform's may be followed by another's backward.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
@@ -66,8 +66,10 @@ def generalized_delta_rule(
     g = jnp.zeros((B, T, N), dtype) if g is None else g.astype(dtype)
     state = jnp.zeros((B, N, H, P), dtype) if state is None else state.astype(dtype)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    if impl == "ref" or T <= 1:  # a token to decode needs no chunk
+    if impl == "ref" or T == 0:
         return ref.generalized_delta_rule(q, k, v, a, b, g, state, ids, scale)
+    if T == 1:
+        return step.generalized_delta_rule(q, k, v, a, b, g, state, ids, scale)
     impl = supported(name, impl, tpu.unsupported(q, k, v, a, b, g))
     return _op(impl, scale, q, k, v, a, b, g, state, ids)
 

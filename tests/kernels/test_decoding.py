@@ -34,6 +34,7 @@ def convolution(dtype=jnp.float32):
     return {name: x.astype(dtype) for name, x in args.items()}
 
 
+replaced = {"a": normal(9, B, 1, K, H) / 8, "b": normal(10, B, 1, K, H) / 8}
 token, channel, beta = (B, 1, N), (B, 1, N, H), {"beta": jnp.abs(normal(7, B, 1, N))}
 complex_a = 0.9 * jnp.exp(1j * normal(0, D))
 CASES = {
@@ -43,6 +44,8 @@ CASES = {
     "linear_attention_bonus": (kernels.linear_attention, heads(*channel) | {"bonus": normal(8, N, H)}),
     "delta_rule": (kernels.delta_rule, heads(*token) | beta),
     "delta_rule_channel": (kernels.delta_rule, heads(*channel) | beta),
+    "generalized_delta_rule": (kernels.generalized_delta_rule, heads(*token) | replaced),
+    "generalized_delta_rule_channel": (kernels.generalized_delta_rule, heads(*channel) | replaced),
     "diagonal_scan": (
         kernels.diagonal_scan,
         {"a": jax.nn.sigmoid(normal(0, B, 1, D)), "x": normal(1, B, 1, D), "state": normal(2, B, D)},
