@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # The names of implementations, and the platforms that JAX lowers them for. "xla" runs everywhere.
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
@@ -40,3 +41,22 @@ def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]]
     if not branches:
         return implementations["xla"](*args)
     return jax.lax.platform_dependent(*args, **branches, default=implementations["xla"])
+
+
+def keep_apart(forwards: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, Callable[..., Any]]:
+    """Returns forwards, each `(outputs, kept)`, whose `kept` is a dictionary by name: what each platform keeps.
+
+    A program may be lowered for any platform, so all must return the same arrays. In the place of what others would
+    keep are zeros, which nobody reads, and which XLA leaves out where forward and backward are one program.
+    """
+    shapes = {name: jax.eval_shape(forward, *args)[1] for name, forward in forwards.items()}
+    zeros = {name: lambda kept=kept: jax.tree.map(jnp.zeros_like, kept) for name, kept in shapes.items()}
+
+    def apart(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            outputs, kept = forward(*args)
+            return outputs, {other: kept if other == name else zeros[other]() for other in forwards}
+
+        return run
+
+    return {name: apart(name, forward) for name, forward in forwards.items()}

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch, supported
+from pallas_kernels.common.dispatch import check_impl, dispatch, keep_apart, supported
 from pallas_kernels.common.shapes import check_heads, check_shapes
 from pallas_kernels.delta_rule import ref, step, tpu, xla
 
-# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
+# Each keeps what its own backward needs: chunks of matmuls are short on a CPU, those of kernels fill a matrix unit.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
 BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
 
@@ -78,12 +78,17 @@ def _op(impl, scale, *args):
 
 
 def _forward(impl, scale, *args):
-    return dispatch(impl, {name: functools.partial(fn, True, scale) for name, fn in FORWARD.items()}, *args)
+    names = FORWARD if impl is None else [impl]
+    forwards = keep_apart({name: functools.partial(FORWARD[name], True, scale) for name in names}, *args)
+    outputs, kept = dispatch(impl, forwards, *args)
+    return outputs, (args, kept)
 
 
 def _backward(impl, scale, residuals, cotangents):
-    backward = {name: functools.partial(fn, scale) for name, fn in BACKWARD.items()}
-    return *dispatch(impl, backward, residuals, cotangents), None
+    def backward(name):
+        return lambda args, kept, cotangents: BACKWARD[name](scale, (*args, *kept[name]), cotangents)
+
+    return *dispatch(impl, {name: backward(name) for name in BACKWARD}, *residuals, cotangents), None
 
 
 _op.defvjp(_forward, _backward)

@@ -10,10 +10,9 @@ def unsupported(q, k, v, g):
 
 
 def forward(keep, scale, *inputs):
-    """Returns (o, state) and the residuals, as `xla.forward`."""
+    """Returns (o, state) and, if they are to be kept, the states before each chunk and the inverses."""
     *_, g, _, _ = inputs
-    outputs, kept = _kernels(g).forward(keep, scale, *inputs)
-    return outputs, (*inputs, *kept) if keep else None
+    return _kernels(g).forward(keep, scale, *inputs)
 
 
 def backward(scale, residuals, cotangents):

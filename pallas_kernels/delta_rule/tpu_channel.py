@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import chunks, walk
+from pallas_kernels.common import walk
 from pallas_kernels.common.head_blocks import Blocks, flags, widen
 from pallas_kernels.common.heads import TILE
 from pallas_kernels.common.walk import CHUNK, PARAMS
@@ -65,9 +65,6 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=PARAMS,
     )(flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), call.to_rows(beta), state_BNHP)
-    L = chunks.length(v.shape[1], CHUNK)
-    sizes = [(v.shape[3], q.shape[3]), (L, L)]
-    kept = [x[..., :rows, :columns] for x, (rows, columns) in zip(kept, sizes[: len(kept)], strict=True)]
     return (blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)), kept
 
 
@@ -76,7 +73,7 @@ def backward(scale, residuals, cotangents):
     q, k, v, beta, g, state, segment_ids, states, inverses = residuals
     do, dlast = cotangents
     rule, call, dlast_BNHP = Rule(scale, walk.is_exact(q, k, v)), _Call(q, v, backwards=True), widen(dlast, 2, 3)
-    blocks, spec, missing = call.blocks, call.blocks.specs(backwards=True), CHUNK - inverses.shape[-1]
+    blocks, spec = call.blocks, call.blocks.specs(backwards=True)
     dq, dk, dv, dg, dbeta, dstate_BNHP = pl.pallas_call(
         functools.partial(kernels.backward, rule, blocks),
         name="delta_rule_channel_backward",
@@ -97,8 +94,7 @@ def backward(scale, residuals, cotangents):
         compiler_params=PARAMS,
     )(
         *[flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), call.to_rows(beta)],
-        *[blocks.values.to_kernel(widen(do, 3)), widen(states, 3, 4)],
-        *[jnp.pad(inverses, [(0, 0)] * 3 + [(0, missing)] * 2), dlast_BNHP],
+        *[blocks.values.to_kernel(widen(do, 3)), states, inverses, dlast_BNHP],
     )
     return (
         blocks.key_gradient(dq, q),

@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import chunks
 from pallas_kernels.common.documents import clear_padding
 from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags, widen
 from pallas_kernels.common.heads import TILE
@@ -48,7 +47,7 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
         scratch_shapes=[call.scratch],
         compiler_params=_PARAMS,
     )(call.mark(segment_ids), call.pack_gates(beta, g, segment_ids), *call.pack(q, k, v), state_BNHP)
-    return (call.blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)), call.trim(kept, q, v)
+    return (call.blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)), kept
 
 
 def backward(scale, residuals, cotangents):
@@ -58,7 +57,6 @@ def backward(scale, residuals, cotangents):
     call = _Call(q, k, v, backwards=True)
     blocks, dlast_BNHP = call.blocks, widen(dlast, 2, 3)
     num_groups, num_chunks = blocks.grid[1:]
-    missing = CHUNK - inverse.shape[3]
     dq, dk, dv, dgates, dstate_BNHP = pl.pallas_call(
         functools.partial(kernels.backward, call.rule(scale), blocks),
         name="delta_rule_backward",
@@ -81,8 +79,8 @@ def backward(scale, residuals, cotangents):
         call.pack_gates(beta, g, segment_ids),
         *call.pack(q, k, v),
         blocks.values.to_kernel(widen(do, 3)),
-        widen(states, 3, 4),
-        jnp.pad(inverse, ((0, 0), (0, 0), (0, 0), (0, missing), (0, missing))),
+        states,
+        inverse,
         dlast_BNHP,
     )
     dgates = jnp.moveaxis(dgates[:, :, :, : blocks.size], (2, 4), (0, 2)).reshape(2, blocks.B, -1, blocks.N)
@@ -129,12 +127,6 @@ class _Call:
         dtype = jnp.float32 if self.exact else jnp.bfloat16
         widths = [(self.blocks.H, self.blocks.P), (CHUNK, CHUNK)] if keep else []
         return [jax.ShapeDtypeStruct(shape + width, dtype) for width in widths]
-
-    def trim(self, kept, q, v):
-        """Cuts what was kept to the sizes that every implementation keeps."""
-        L = chunks.length(v.shape[1], CHUNK)
-        sizes = (q.shape[3], v.shape[3]), (L, L)
-        return [x[..., :rows, :columns] for x, (rows, columns) in zip(kept, sizes[: len(kept)], strict=True)]
 
     def pack(self, q, k, v):
         heads = self.blocks.keys, self.blocks.keys, self.blocks.values

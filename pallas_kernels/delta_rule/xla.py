@@ -16,10 +16,7 @@ and D = M X with M = (I + KK beta)^-1. Backward, dS and dS' being the gradients 
     dQK = dO U^T                   d(reads K S) = -dX, which gives dK its share, as dO gives dQ
                                    d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
 
-Residuals are the inputs, the states before each chunk of `CHUNK` tokens and the inverses M `BCNLL`: what the kernels
-for TPUs need, as they keep it. To make the inverses again would cost those more than to read them, and memory is not
-held for long where blocks are under `jax.checkpoint`. Both are bfloat16 where q, k and v are. States are `BCNHP` with
-one decay per token and `BCNPH` with one per channel.
+Residuals are the inputs, the state before each chunk of `CHUNK` tokens and the inverses M.
 """
 
 import jax
@@ -30,7 +27,8 @@ from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 from pallas_kernels.common.documents import clear_padding, fill_padding
 
 # That of the kernels for TPUs, which share residuals. On a CPU 64 takes a tenth less time.
-CHUNK = 128
+# 32 is as fast on a CPU but keeps twice the states; 128 takes up to twice as long.
+CHUNK = 64
 
 
 def _chunked(q, k, v, beta, g, segment_ids, scale):
@@ -66,18 +64,6 @@ def _is_exact(*operands):
     return any(x.dtype == jnp.float32 for x in operands)
 
 
-def _kept(x_CBKGXX, like):
-    """Returns residuals `BCN..` as kernels keep them."""
-    C, B, K, G, *rest = x_CBKGXX.shape
-    dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in like) else x_CBKGXX.dtype
-    return jnp.swapaxes(x_CBKGXX, 0, 1).reshape(B, C, K * G, *rest).astype(dtype)
-
-
-def _from_kept(x_BCNXX, num_key_heads, dtype):
-    B, C, _, *rest = x_BCNXX.shape
-    return jnp.swapaxes(x_BCNXX.reshape(B, C, num_key_heads, -1, *rest), 0, 1).astype(dtype)
-
-
 def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     """Returns (o, state), and residuals if they are to be kept.
 
@@ -110,21 +96,15 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     o_CBKGLP += decay.apply(q_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
     o_BTNP = clear_padding(chunks.join(o_CBKGLP, v.shape[1], v.dtype), segment_ids)
     outputs = o_BTNP, last_BKGHP.reshape(state.shape)
-    if not keep:
-        return outputs, None
-    states = _kept(states_CBKGHP if g.ndim == 3 else states_CBKGHP.mT, (q, k, v))
-    residuals = q, k, v, beta, g, state, segment_ids, states, _kept(inverse_CBKGLL, (q, k, v))
-    return outputs, residuals
+    return outputs, (states_CBKGHP, inverse_CBKGLL) if keep else ()
 
 
 def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, beta, g and state."""
-    q, k, v, beta, g, _, segment_ids, states, inverse_BCNLL = residuals
+    q, k, v, beta, g, _, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
     do, dlast = cotangents
     qk_CBKRLH, k_CBKLH, v_CBKGLP, beta_CBKGL1, decay = _chunked(q, k, v, beta, g, segment_ids, scale)
     q_CBKLH = qk_CBKRLH[:, :, :, 0]
-    states_CBKGHP, inverse_CBKGLL = (_from_kept(x, k.shape[2], v_CBKGLP.dtype) for x in (states, inverse_BCNLL))
-    states_CBKGHP = states_CBKGHP if g.ndim == 3 else states_CBKGHP.mT
     do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     k_CBKGLH, q_CBKGLH, is_exact = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None], _is_exact(q, k, v)
     # 1. What the forward pass knew.

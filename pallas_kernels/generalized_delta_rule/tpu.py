@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import chunks, walk
+from pallas_kernels.common import walk
 from pallas_kernels.common.head_blocks import Blocks, flags, widen
 from pallas_kernels.common.walk import CHUNK, PARAMS
 from pallas_kernels.generalized_delta_rule import tpu_kernels as kernels
-from pallas_kernels.generalized_delta_rule.xla import residual_dtype
 
 
 def unsupported(q, k, v, a, b, g):
@@ -30,7 +29,7 @@ def unsupported(q, k, v, a, b, g):
 
 
 def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
-    """Returns (o, state) and, if `keep`, residuals, as `xla.forward`."""
+    """Returns (o, state) and, if they are to be kept, the states `BCNPH` before each chunk and the inverses `BCNLL`."""
     rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b)), _Call(q, k, v, a, b)
     blocks, spec, state_BNHP = call.blocks, call.blocks.specs(), widen(state, 2, 3)
     o, last_BNHP, *kept = pl.pallas_call(
@@ -44,22 +43,15 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
         compiler_params=PARAMS,
     )(flags(segment_ids, CHUNK), *call.pack(q, k, v, a, b, g), state_BNHP)
     outputs = blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, *state.shape[2:])
-    if not keep:
-        return outputs, None
-    states_BCNPH, inverse_BCNLL = kept
-    L = chunks.length(v.shape[1], CHUNK)
-    kept = _cut(states_BCNPH, v.shape[3], k.shape[3]), _cut(inverse_BCNLL, L, L)
-    return outputs, (q, k, v, a, b, g, segment_ids, *kept)
+    return outputs, kept
 
 
 def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, a, b, g and state."""
-    q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL = residuals
+    q, k, v, a, b, g, _, segment_ids, states_BCNPH, inverse_BCNLL = residuals
     do, dlast = cotangents
     rule, call = kernels.Rule(scale, walk.is_exact(q, k, v, a, b)), _Call(q, k, v, a, b, backwards=True)
     blocks, spec, dlast_BNHP = call.blocks, call.blocks.specs(backwards=True), widen(dlast, 2, 3)
-    missing = CHUNK - inverse_BCNLL.shape[3]
-    inverse_BCNLL = jnp.pad(inverse_BCNLL, [(0, 0)] * 3 + [(0, missing)] * 2)
     dq, dk, da, db, dv, dg, dstate_BNHP = pl.pallas_call(
         functools.partial(kernels.backward, rule, blocks),
         name="generalized_delta_rule_backward",
@@ -79,7 +71,7 @@ def backward(scale, residuals, cotangents):
         compiler_params=PARAMS,
     )(
         *[flags(segment_ids, CHUNK), *call.pack(q, k, v, a, b, g)],
-        *[blocks.values.to_kernel(widen(do, 3)), widen(states_BCNPH, 3, 4), inverse_BCNLL, dlast_BNHP],
+        *[blocks.values.to_kernel(widen(do, 3)), states_BCNPH, inverse_BCNLL, dlast_BNHP],
     )
     dg_BTNH = blocks.decays.from_kernel(dg)[..., : k.shape[3]]
     return (
@@ -105,7 +97,8 @@ class _Call:
     """Blocks of the arguments and of what is kept for the backward pass."""
 
     def __init__(self, q, k, v, a, b, backwards=False):
-        self.blocks, self._dtype = Blocks(q, v, CHUNK), residual_dtype(q, k, v, a, b)
+        self.blocks = Blocks(q, v, CHUNK)
+        self._dtype = jnp.float32 if walk.is_exact(q, k, v, a, b) else jnp.bfloat16
         num_chunks = self.blocks.grid[2]
         self._chunk = lambda c: num_chunks - 1 - c if backwards else c
 

@@ -16,8 +16,7 @@ With M = (I - AB)^-1, U = M X. Backward, dS and dS' being the gradients of S and
     dV = QK^T dO + AK^T dX + writes (K dS')
     dAK = dX V^T, dQB = dO U^T, dQK = dO V^T
 
-Residuals of all implementations are the inputs, the state before each chunk of `CHUNK` tokens, `states_BCNPH`, and the
-inverses M, `inverse_BCNLL`, rounded to bfloat16 if all of q, k, v, a and b are.
+Residuals are the inputs, the state before each chunk of `CHUNK` tokens and the inverses M.
 """
 
 import jax
@@ -27,11 +26,7 @@ from pallas_kernels.common import blocks, chunks
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 from pallas_kernels.common.documents import clear_padding, fill_padding
 
-CHUNK = 128
-
-
-def residual_dtype(*operands: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*operands), jnp.bfloat16)
+CHUNK = 64
 
 
 class _Chunks:
@@ -90,30 +85,14 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     o_CBKGLP += x.for_q.apply(x.q_CBKLH, x.for_q.reads_CBKGLX, states_CBKGHP)
     o_BTNP = clear_padding(chunks.join(o_CBKGLP, v.shape[1], v.dtype), segment_ids)
     outputs = o_BTNP, last_BKGHP.reshape(state.shape)
-    if not keep:
-        return outputs, None
-    dtype = residual_dtype(q, k, v, a, b)
-    states_BCNPH, inverse_BCNLL = (_heads_together(x, dtype) for x in (states_CBKGHP.mT, inverse_CBKGLL))
-    return outputs, (q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL)
-
-
-def _heads_together(x_CBKGXY, dtype):
-    C, B, K, G, X, Y = x_CBKGXY.shape
-    return jnp.moveaxis(x_CBKGXY, 0, 1).reshape(B, C, K * G, X, Y).astype(dtype)
-
-
-def _heads_apart(x_BCNXY, num_key_heads, dtype):
-    B, C, _, X, Y = x_BCNXY.shape
-    return jnp.moveaxis(x_BCNXY.reshape(B, C, num_key_heads, -1, X, Y), 1, 0).astype(dtype)
+    return outputs, (states_CBKGHP, inverse_CBKGLL) if keep else ()
 
 
 def backward(scale, residuals, cotangents):
     """Returns the gradients of q, k, v, a, b, g and state."""
-    q, k, v, a, b, g, segment_ids, states_BCNPH, inverse_BCNLL = residuals
+    q, k, v, a, b, g, _, segment_ids, states_CBKGHP, inverse_CBKGLL = residuals
     do, dlast = cotangents
     x = _Chunks(scale, q, k, v, a, b, g, segment_ids)
-    states_CBKGHP = _heads_apart(states_BCNPH, k.shape[2], x.v_CBKGLP.dtype).mT
-    inverse_CBKGLL = _heads_apart(inverse_BCNLL, k.shape[2], x.v_CBKGLP.dtype)
     do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], x.v_CBKGLP.shape[4], x.v_CBKGLP.dtype)
     # 1. What the forward pass knew.
     scores = x.scores()

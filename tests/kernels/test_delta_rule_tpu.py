@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule
 from pallas_kernels.common.heads import TILE
-from pallas_kernels.delta_rule import tpu, xla
 from tests.kernels import recurrent
 
 # bfloat16 has 8 bits: products of two rounded numbers, and sums of few of them, are off by up to half a percent.
@@ -141,28 +140,6 @@ def test_padding_may_hold_anything():
         )
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_residuals_are_those_of_xla(dtype):
-    """One platform's forward may be followed by another's backward."""
-    args = arguments(50, 1, 3, 6, 10, dtype=dtype)
-    ids = jnp.asarray(recurrent.documents(50))
-    inputs = (*(args[name] for name in ("q", "k", "v", "beta", "g", "state")), ids)
-    with pltpu.force_tpu_interpret_mode(ANY):
-        _, got = recurrent.jit(functools.partial(tpu.forward, True, 0.5))(*inputs)
-    outputs, want = recurrent.jit(functools.partial(xla.forward, True, 0.5))(*inputs)
-    for x, y in zip(got, want, strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    # Rows of the inverse that stand for padding are multiplied by 0, and may differ.
-    *_, states, inverse = [np.asarray(x, np.float64) for x in got]
-    assert recurrent.error(states, want[-2]) < (1e-2 if dtype == jnp.bfloat16 else 1e-5)
-    real = np.asarray(jnp.pad(ids > 0, ((0, 0), (0, 14))))[:, None, None, :, None]
-    assert recurrent.error(real * inverse, real * want[-1]) < (1e-2 if dtype == jnp.bfloat16 else 1e-5)
-    with pltpu.force_tpu_interpret_mode(ANY):
-        gradients = recurrent.jit(functools.partial(tpu.backward, 0.5))(want, outputs)
-    for x, y in zip(gradients, recurrent.jit(functools.partial(xla.backward, 0.5))(want, outputs), strict=True):
-        assert recurrent.error(x, y) < (GRADIENT_TOLERANCE if dtype == jnp.bfloat16 else 1e-4)
 
 
 def test_what_is_not_supported():
