@@ -47,7 +47,8 @@ def keep_apart(forwards: Mapping[str, Callable[..., Any]], *args: Any) -> dict[s
     """Returns forwards, each `(outputs, kept)`, whose `kept` is a dictionary by name: what each platform keeps.
 
     A program may be lowered for any platform, so all must return the same arrays. In the place of what others would
-    keep are zeros, which nobody reads, and which XLA leaves out where forward and backward are one program.
+    keep are zeros, which nobody reads, and which XLA leaves out where forward and backward are one program, out of
+    scanned layers too.
     """
     shapes = {name: jax.eval_shape(forward, *args)[1] for name, forward in forwards.items()}
     zeros = {name: lambda kept=kept: jax.tree.map(jnp.zeros_like, kept) for name, kept in shapes.items()}

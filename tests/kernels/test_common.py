@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as kernels
 from pallas_kernels.common import blocks, chunks, decays
 from pallas_kernels.common.accurate import accurate
 
@@ -75,3 +78,23 @@ def test_small_decays_beside_large_ones(decay):
     want = np.tril(np.exp(np.minimum(sums[:, None] - sums[None, :], 0)))
     # Two roundings of a product or a sum of size 1, six times at most.
     np.testing.assert_allclose(np.squeeze(d.scores(ones[:, :, :, None], ones)), want, atol=1e-6)
+
+
+def test_what_other_platforms_keep_takes_no_memory():
+    """Layers under a scan hold as much with every implementation at hand as with the one that runs."""
+    B, T, N, H = 1, 256, 2, 32
+
+    def loss(impl, x_BTNH, w_CH):
+        def layer(x_BTNH, w_H):
+            beta_BTN, k_BTNH = jnp.full((B, T, N), 0.5), 0.1 * w_H * x_BTNH
+            return kernels.delta_rule(x_BTNH, k_BTNH, x_BTNH, beta_BTN, impl=impl)[0], None
+
+        return jnp.sum(jax.lax.scan(layer, x_BTNH, w_CH)[0])
+
+    def memory(impl):
+        grad = jax.jit(jax.grad(functools.partial(loss, impl), argnums=(0, 1)))
+        analysis = grad.lower(jnp.ones((B, T, N, H)), jnp.ones((4, H))).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert memory(None) == memory("xla")
