@@ -1,5 +1,6 @@
 """Which implementation of an op runs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,35 @@ def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]]
     return jax.lax.platform_dependent(*args, **branches, default=implementations["xla"])
 
 
-def keep_apart(forwards: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, Callable[..., Any]]:
+def differentiable(forwards: Mapping[str, Callable[..., Any]], backwards: Mapping[str, Callable[..., Any]]) -> Any:
+    """Returns `op(impl, scale, *args)`, dispatched, whose gradients are those of `backwards`.
+
+    Each platform keeps what its own backward needs. `forward(keep, scale, *args)` returns its outputs and what it
+    keeps; `backward(scale, (*args, *kept), cotangents)` the gradients of all arguments but the last, segment ids.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def op(impl: str | None, scale: float, *args: Any) -> Any:
+        outputs = lambda forward: lambda *args: forward(False, scale, *args)[0]
+        return dispatch(impl, {name: outputs(forward) for name, forward in forwards.items()}, *args)
+
+    def forward(impl: str | None, scale: float, *args: Any) -> Any:
+        names = forwards if impl is None else [impl]
+        keeping = {name: functools.partial(forwards[name], True, scale) for name in names}
+        outputs, kept = dispatch(impl, _keep_apart(keeping, *args), *args)
+        return outputs, (args, kept)
+
+    def backward(impl: str | None, scale: float, residuals: Any, cotangents: Any) -> Any:
+        def of(name: str) -> Callable[..., Any]:
+            return lambda args, kept, cotangents: backwards[name](scale, (*args, *kept[name]), cotangents)
+
+        return *dispatch(impl, {name: of(name) for name in backwards}, *residuals, cotangents), None
+
+    op.defvjp(forward, backward)
+    return op
+
+
+def _keep_apart(forwards: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, Callable[..., Any]]:
     """Returns forwards, each `(outputs, kept)`, whose `kept` is a dictionary by name: what each platform keeps.
 
     A program may be lowered for any platform, so all must return the same arrays. In the place of what others would

@@ -29,7 +29,7 @@ def dot(x: jax.Array, y: jax.Array, sides: str, exact: bool) -> jax.Array:
     return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _halves(x_LX: jax.Array, m: int) -> list[jax.Array]:
+def _split(x_LX: jax.Array, m: int) -> list[jax.Array]:
     x_n2mX = x_LX.reshape(-1, 2, m, x_LX.shape[-1])
     return [x_n2mX[:, half].reshape(-1, x_LX.shape[-1]) for half in (FIRST, SECOND)]
 
@@ -42,7 +42,7 @@ def join(halves: list[jax.Array], m: int) -> jax.Array:
 
 def take(x_LX: jax.Array, m: int, half: int) -> jax.Array:
     """Returns the rows of each first or each second block of m tokens; all of them if m < 8."""
-    return x_LX if m < _ROWS else _halves(x_LX, m)[half]
+    return x_LX if m < _ROWS else _split(x_LX, m)[half]
 
 
 def fill(rows: jax.Array, m: int, half: int) -> jax.Array:
@@ -56,9 +56,22 @@ def add(x_LX: jax.Array, rows: jax.Array, m: int, half: int) -> jax.Array:
     """Adds to the rows that `take` takes."""
     if m < _ROWS:
         return x_LX + rows
-    halves = _halves(x_LX, m)
+    halves = _split(x_LX, m)
     halves[half] += rows
     return join(halves, m)
+
+
+def stack(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays, axis=0)
+
+
+def beside(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays, axis=1)
+
+
+def halves(x: jax.Array) -> list[jax.Array]:
+    """Undoes `stack` of two."""
+    return jnp.split(x, 2, axis=0)
 
 
 class Decays:
@@ -121,7 +134,7 @@ class Pairs:
             if m < _ROWS:
                 scores_LL = jnp.where(self.apart_LL < m, scores_LL, scores)
             else:
-                halves = _halves(scores_LL, m)
+                halves = _split(scores_LL, m)
                 halves[rows] = jnp.where(take(self.apart_LL, m, rows) < m, halves[rows], scores)
                 scores_LL = join(halves, m)
         scores_LL = jnp.where(self._lower_LL[rows] > 0, scores_LL, 0)

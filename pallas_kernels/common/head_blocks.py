@@ -15,7 +15,7 @@ REAL, STARTS = 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Specs:
-    """The blocks of a grid step; `dkeys` are the gradients of q and k."""
+    """The blocks of a grid step; `dkeys` are the gradients of q and k; of `states` and `inverses` a chunk has one."""
 
     flags: pl.BlockSpec
     keys: pl.BlockSpec
@@ -24,6 +24,7 @@ class Specs:
     decays: pl.BlockSpec
     state: pl.BlockSpec
     states: pl.BlockSpec
+    inverses: pl.BlockSpec
 
 
 class Blocks:
@@ -55,6 +56,7 @@ class Blocks:
     def specs(self, backwards: bool = False) -> Specs:
         num_chunks = self.grid[2]
         chunk = lambda c: num_chunks - 1 - c if backwards else c
+        of_chunk = lambda *size: pl.BlockSpec((None, None, self.size, *size), lambda b, n, c: (b, chunk(c), n, 0, 0))
         return Specs(
             flags=pl.BlockSpec((None, 1, self.length), lambda b, n, c: (b, 0, chunk(c))),
             keys=self.keys.spec(chunk),
@@ -62,8 +64,15 @@ class Blocks:
             values=self.values.spec(chunk),
             decays=self.decays.spec(chunk),
             state=pl.BlockSpec((None, self.size, self.H, self.P), lambda b, n, c: (b, n, 0, 0)),
-            states=pl.BlockSpec((None, None, self.size, self.P, self.H), lambda b, n, c: (b, chunk(c), n, 0, 0)),
+            states=of_chunk(self.P, self.H),
+            inverses=of_chunk(self.length, self.length),
         )
+
+    def kept(self, exact: bool) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of what is kept for each chunk: the state before it, turned around, and an inverse."""
+        of_head, dtype = (self.B, self.grid[2], self.N), jnp.float32 if exact else jnp.bfloat16
+        sizes = (self.P, self.H), (self.length, self.length)
+        return [jax.ShapeDtypeStruct(of_head + size, dtype) for size in sizes]
 
     def pack(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> list[jax.Array]:
         """Returns the arguments as the kernels take them."""
@@ -90,6 +99,15 @@ def widen(x: jax.Array, *axes: int) -> jax.Array:
     """Fills axes up with zeros to a width that the kernels take."""
     missing = [(0, _width(size) - size if axis in axes else 0) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
+
+
+def cut(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `widen`: returns as much of each axis as `like` has."""
+    return x[tuple(slice(size) for size in like.shape)]
+
+
+def as_float32(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
 
 def _width(size: int) -> int:

@@ -1,18 +1,14 @@
 """The gated delta rule: DeltaNet (https://arxiv.org/abs/2406.06484), Gated DeltaNet, Kimi Delta Attention."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch, keep_apart, supported
+from pallas_kernels.common.dispatch import check_impl, differentiable, supported
 from pallas_kernels.common.shapes import check_heads, check_shapes
 from pallas_kernels.delta_rule import ref, step, tpu, xla
 
-# Each keeps what its own backward needs: chunks of matmuls are short on a CPU, those of kernels fill a matrix unit.
 FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
-BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
+_op = differentiable(FORWARD, {"xla": xla.backward, "tpu": tpu.backward})
 
 
 def delta_rule(
@@ -69,26 +65,3 @@ def delta_rule(
     if T == 1:
         return step.delta_rule(q, k, v, beta, g, state, ids, scale)
     return _op(impl, scale, q, k, v, beta, g, state, ids)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _op(impl, scale, *args):
-    outputs = lambda forward: lambda *args: forward(False, scale, *args)[0]
-    return dispatch(impl, {name: outputs(forward) for name, forward in FORWARD.items()}, *args)
-
-
-def _forward(impl, scale, *args):
-    names = FORWARD if impl is None else [impl]
-    forwards = keep_apart({name: functools.partial(FORWARD[name], True, scale) for name in names}, *args)
-    outputs, kept = dispatch(impl, forwards, *args)
-    return outputs, (args, kept)
-
-
-def _backward(impl, scale, residuals, cotangents):
-    def backward(name):
-        return lambda args, kept, cotangents: BACKWARD[name](scale, (*args, *kept[name]), cotangents)
-
-    return *dispatch(impl, {name: backward(name) for name in BACKWARD}, *residuals, cotangents), None
-
-
-_op.defvjp(_forward, _backward)

@@ -41,7 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import walk
-from pallas_kernels.common.head_blocks import Blocks, flags, widen
+from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, flags, widen
 from pallas_kernels.common.heads import TILE
 from pallas_kernels.common.walk import CHUNK, PARAMS
 from pallas_kernels.delta_rule import tpu_channel_kernels as kernels
@@ -54,18 +54,18 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     0 of segment_ids is padding, where all other arguments may be anything.
     """
     rule, call, state_BNHP = Rule(scale, walk.is_exact(q, k, v)), _Call(q, v), widen(state, 2, 3)
-    blocks, spec, kept = call.blocks, call.blocks.specs(), call.kept(rule.exact) if keep else []
+    blocks, spec, kept = call.blocks, call.blocks.specs(), call.blocks.kept(rule.exact) if keep else []
     o, last_BNHP, *kept = pl.pallas_call(
         functools.partial(kernels.forward, rule, blocks),
         name="delta_rule_channel",
         grid=blocks.grid,
         in_specs=[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, call.rows, spec.state],
-        out_specs=[spec.values, spec.state, *[spec.states, call.inverses][: len(kept)]],
-        out_shape=[blocks.values.shape(v.dtype), _like(state_BNHP), *kept],
+        out_specs=[spec.values, spec.state, *[spec.states, spec.inverses][: len(kept)]],
+        out_shape=[blocks.values.shape(v.dtype), as_float32(state_BNHP), *kept],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=PARAMS,
     )(flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), call.to_rows(beta), state_BNHP)
-    return (blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)), kept
+    return (blocks.values.from_kernel(o)[..., : v.shape[3]], cut(last_BNHP, state)), kept
 
 
 def backward(scale, residuals, cotangents):
@@ -80,7 +80,7 @@ def backward(scale, residuals, cotangents):
         grid=blocks.grid,
         in_specs=[
             *[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, call.rows],
-            *[spec.values, spec.states, call.inverses, spec.state],
+            *[spec.values, spec.states, spec.inverses, spec.state],
         ],
         out_specs=[spec.dkeys, spec.dkeys, spec.values, spec.decays, call.rows, spec.state],
         out_shape=[
@@ -88,7 +88,7 @@ def backward(scale, residuals, cotangents):
             blocks.values.shape(v.dtype),
             blocks.decays.shape(jnp.float32),
             jax.ShapeDtypeStruct(call.rows_shape, jnp.float32),
-            _like(dlast_BNHP),
+            as_float32(dlast_BNHP),
         ],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=PARAMS,
@@ -102,20 +102,12 @@ def backward(scale, residuals, cotangents):
         blocks.values.from_kernel(dv)[..., : v.shape[3]],
         call.from_rows(dbeta).astype(beta.dtype),
         blocks.decays.from_kernel(dg)[..., : g.shape[3]],
-        _cut(dstate_BNHP, state),
+        cut(dstate_BNHP, state),
     )
 
 
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-
-
-def _cut(x_BNHP: jax.Array, like: jax.Array) -> jax.Array:
-    return x_BNHP[:, :, : like.shape[2], : like.shape[3]]
-
-
 class _Call:
-    """How the kernels see what `Blocks` does not know: beta, in rows `[B groups 8 T]`, and what is kept."""
+    """How the kernels see what `Blocks` does not know: beta, in rows `[B groups 8 T]`."""
 
     def __init__(self, q, v, backwards=False):
         self.blocks = blocks = Blocks(q, v, CHUNK)
@@ -123,13 +115,6 @@ class _Call:
         chunk = lambda c: num_chunks - 1 - c if backwards else c
         self.rows = pl.BlockSpec((None, None, TILE, CHUNK), lambda b, n, c: (b, n, 0, chunk(c)))
         self.rows_shape = blocks.B, num_groups, TILE, num_chunks * CHUNK
-        inverses = None, None, blocks.size, CHUNK, CHUNK
-        self.inverses = pl.BlockSpec(inverses, lambda b, n, c: (b, chunk(c), n, 0, 0))
-
-    def kept(self, exact):
-        of_head = self.blocks.B, self.blocks.grid[2], self.blocks.N
-        sizes, dtype = [(self.blocks.P, self.blocks.H), (CHUNK, CHUNK)], jnp.float32 if exact else jnp.bfloat16
-        return [jax.ShapeDtypeStruct(of_head + size, dtype) for size in sizes]
 
     def to_rows(self, x_BTN):
         B, num_groups, _, num_tokens = self.rows_shape

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
 from pallas_kernels.common.accurate import accurate
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, join, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
@@ -28,7 +28,7 @@ class Rule:
         """Returns q w^T and k w^T. Errors of the latter are those of what is written, ten times over for like keys."""
         if self.exact:
             return self.product(q, w, "nt"), accurate(functools.partial(self.product, sides="nt"), k, w)
-        of_q, of_k = _halves(self.product(_stack(q, k), w, "nt"))
+        of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
         return of_q, of_k
 
     def inverses(self, systems: list[jax.Array]) -> list[jax.Array]:
@@ -42,19 +42,6 @@ def _correct(system_LL: jax.Array, inverse_LL: jax.Array) -> jax.Array:
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     rest_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - dot(system_LL, inverse_LL, "nn", exact=True)
     return inverse_LL + dot(inverse_LL, rest_LL, "nn", exact=True)
-
-
-def _stack(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays, axis=0)
-
-
-def _beside(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays, axis=1)
-
-
-def _halves(x: jax.Array) -> list[jax.Array]:
-    """Undoes `_stack` of two."""
-    return jnp.split(x, 2, axis=0)
 
 
 def _columns(flags_1L, rows_8L):
@@ -83,7 +70,7 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
                 qw[m], kw[m] = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
             systems.append(pairs.gather(kw, None, SECOND))
             scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
-            read_LP, held_LP = _halves(product(_stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
+            read_LP, held_LP = halves(product(stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
             waiting.append((n, x_LP, scores_LL, read_LP, w_LH * decays.writes, decays.keep_1H))
     # 2. The errors; with them all else.
@@ -126,23 +113,23 @@ def backward(rule, blocks, *refs):
         # 2. The gradients of the errors and, through the triangular system, of v; what k reads has that of -v.
         du_LP = product(scoresT_LL, do_LP, "nn") + product(w_LH * decays.writes, dS_PH, "nt")
         dv_LP = product(inverse_LL, du_LP, "tn")
-        dreads = _stack(do_LP, -dv_LP)
+        dreads = stack(do_LP, -dv_LP)
         # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
-        dq_far, dk_far = (decays.reads * d_LH for d_LH in _halves(product(dreads, S_PH, "nn")))
+        dq_far, dk_far = (decays.reads * d_LH for d_LH in halves(product(dreads, S_PH, "nn")))
         dput_LH = decays.writes * product(u_LP, dS_PH, "nn")
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), w_LH * dput_LH, "nn")
-        dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, _stack(reads_q_LH, reads_k_LH), "tn")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, stack(reads_q_LH, reads_k_LH), "tn")
         # 4. Within the chunk. As in linear attention, what close tokens add to dg is summed by itself.
-        dqw_LL, dkw_LL = _halves(product(dreads, u_LP, "nt"))
+        dqw_LL, dkw_LL = halves(product(dreads, u_LP, "nt"))
         dqwT_LL, dkwT_LL = dqw_LL.T, dkw_LL.T
         dq_near, dk_near, dw_near, dw_far = (jnp.zeros_like(k_LH) for _ in range(4))
         for m, (to, of, q, k, w) in levels.items():
-            of_scores = _stack(pairs.pick(dqw_LL, m, SECOND), pairs.pick(dkw_LL, m, SECOND))
-            dq, dk = (to * d for d in _halves(product(of_scores, w, "nn")))
+            of_scores = stack(pairs.pick(dqw_LL, m, SECOND), pairs.pick(dkw_LL, m, SECOND))
+            dq, dk = (to * d for d in halves(product(of_scores, w, "nn")))
             of_q, of_k = (pairs.pick(x_LL, m, FIRST) for x_LL in (dqwT_LL, dkwT_LL))
             if m < 8:
-                dw = of * product(_beside(of_q, of_k), _stack(q, k), "nn")
+                dw = of * product(beside(of_q, of_k), stack(q, k), "nn")
                 dq_near, dk_near = add(dq_near, dq, m, SECOND), add(dk_near, dk, m, SECOND)
                 dw_near = add(dw_near, dw, m, FIRST)
             else:  # readers are in second blocks: those of k move to the first ones, and one product takes both

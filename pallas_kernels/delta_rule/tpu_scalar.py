@@ -20,17 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.documents import clear_padding
-from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags, widen
+from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, as_float32, cut, flags, widen
 from pallas_kernels.common.heads import TILE
+from pallas_kernels.common.walk import PARAMS, is_exact
 from pallas_kernels.delta_rule import tpu_scalar_kernels as kernels
 from pallas_kernels.delta_rule.tpu_scalar_kernels import CHUNK, Rule
 
 # exp(-128) is 0 in float32: closed gates (-inf, too) stop here.
 _MIN_LOG = -128.0
-# What does not fit into registers is kept in VMEM.
-_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 1024 * 1024
-)
 
 
 def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
@@ -43,11 +40,11 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
         grid=call.blocks.grid,
         in_specs=[call.documents, call.gates, call.keys, call.keys, call.values, call.state],
         out_specs=[call.values, call.state, *call.kept_specs[: len(kept)]],
-        out_shape=[call.blocks.values.shape(v.dtype), _like(state_BNHP), *kept],
+        out_shape=[call.blocks.values.shape(v.dtype), as_float32(state_BNHP), *kept],
         scratch_shapes=[call.scratch],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(call.mark(segment_ids), call.pack_gates(beta, g, segment_ids), *call.pack(q, k, v), state_BNHP)
-    return (call.blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)), kept
+    return (call.blocks.values.from_kernel(o)[..., : v.shape[3]], cut(last_BNHP, state)), kept
 
 
 def backward(scale, residuals, cotangents):
@@ -70,10 +67,10 @@ def backward(scale, residuals, cotangents):
             *[blocks.dkeys.shape(x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
             blocks.values.shape(v.dtype),
             jax.ShapeDtypeStruct((blocks.B, num_groups, 2, TILE, num_chunks * CHUNK), jnp.float32),
-            _like(dlast_BNHP),
+            as_float32(dlast_BNHP),
         ],
         scratch_shapes=[call.scratch],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(
         call.mark(segment_ids),
         call.pack_gates(beta, g, segment_ids),
@@ -91,16 +88,8 @@ def backward(scale, residuals, cotangents):
         blocks.values.from_kernel(dv)[..., : v.shape[3]],
         dbeta_BTN.astype(beta.dtype),
         dg_BTN.astype(g.dtype),
-        _cut(dstate_BNHP, state),
+        cut(dstate_BNHP, state),
     )
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-
-
-def _cut(x_BNHP: jax.Array, like: jax.Array) -> jax.Array:
-    return x_BNHP[:, :, : like.shape[2], : like.shape[3]]
 
 
 class _Call:
@@ -108,7 +97,7 @@ class _Call:
 
     def __init__(self, q, k, v, backwards=False):
         self.blocks = blocks = Blocks(q, v, CHUNK)
-        self.exact = any(x.dtype == jnp.float32 for x in (q, k, v))
+        self.exact = is_exact(q, k, v)
         spec, num_chunks = blocks.specs(backwards), blocks.grid[2]
         chunk = lambda c: num_chunks - 1 - c if backwards else c
         along = lambda X: pl.BlockSpec((None, None, X, TILE, CHUNK), lambda b, n, c: (b, n, 0, 0, chunk(c)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, join, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, halves, join, stack, take
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
 # Of a register.
@@ -25,22 +25,9 @@ class Rule:
         return dot(x, y, sides, self.exact)
 
 
-def _stack(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays, axis=0)
-
-
-def _beside(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays, axis=1)
-
-
-def _halves(x: jax.Array) -> list[jax.Array]:
-    """Undoes `_stack` of two."""
-    return jnp.split(x, 2, axis=0)
-
-
 def _quarters(x: jax.Array) -> list[jax.Array]:
     """Returns the products of two with two: of the first with both, then of the second."""
-    return [part for half in _halves(x) for part in jnp.split(half, 2, axis=1)]
+    return [part for half in halves(x) for part in jnp.split(half, 2, axis=1)]
 
 
 # A level's product with two factors at once. They have rows in blocks of one `half`: the first keeps its place and, if
@@ -50,7 +37,7 @@ def _quarters(x: jax.Array) -> list[jax.Array]:
 def _pair(m: int, half: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns both factors, from the rows that `take` takes."""
     if m < _ROWS:
-        return _stack(x, y)
+        return stack(x, y)
     return join([x, y] if half == FIRST else [y, x], m)
 
 
@@ -64,7 +51,7 @@ def _unpair(m: int, half: int, scores: jax.Array) -> list[jax.Array]:
 def _pair_columns(m: int, half: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns what to multiply a `_pair` by, for the sum of x times the first and y times the second."""
     if m < _ROWS:
-        return _beside(x, y)
+        return beside(x, y)
     return x + pltpu.roll(y, m if half == FIRST else CHUNK - m, 1)
 
 
@@ -110,17 +97,17 @@ def forward(rule, blocks, flags_1L, *refs):
             found = [{}, {}, {}, {}]
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
-                readers = _stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
+                readers = stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
                 written = _pair(m, FIRST, *(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)))
-                for i, scores in enumerate(_halves(product(readers, written, "nt"))):
+                for i, scores in enumerate(halves(product(readers, written, "nt"))):
                     found[2 * i][m], found[2 * i + 1][m] = _unpair(m, FIRST, scores)
             qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
-            of_v, up_v = _halves(product(_stack(qk_LL, uk_LL), v_LP, "nn"))
-            reads = _stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
-            read_LP, held_LP = _halves(product(reads, S_PH, "nt"))
+            of_v, up_v = halves(product(stack(qk_LL, uk_LL), v_LP, "nn"))
+            reads = stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
+            read_LP, held_LP = halves(product(reads, S_PH, "nt"))
             systems.append(-_down(ub_LL))
             puts = b_LH * decays.writes, k_LH * decays.writes
-            waiting.append((n, v_LP, held_LP + _down(up_v), read_LP + of_v, qb_LL, _stack(*puts), decays.keep_1H))
+            waiting.append((n, v_LP, held_LP + _down(up_v), read_LP + of_v, qb_LL, stack(*puts), decays.keep_1H))
     # 2. What is read in truth; with it all else.
     o, inverses = [], triangular.inverses(systems, rule.exact)
     for inverse_LL, (n, v_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
@@ -129,7 +116,7 @@ def forward(rule, blocks, flags_1L, *refs):
             states_NPH, inverses_NLL = kept
             states_NPH[n], inverses_NLL[n] = S_PH.astype(states_NPH.dtype), inverse_LL.astype(inverses_NLL.dtype)
         o.append(tokens.clear(o_LP + product(qb_LL, u_LP, "nn")))
-        S_NPH[n] = keep_1H * S_PH + product(_stack(u_LP, v_LP), puts, "tn")
+        S_NPH[n] = keep_1H * S_PH + product(stack(u_LP, v_LP), puts, "tn")
     blocks.values.write(o_ref, 0, o)
     finish(S_NPH, last_NHP)
 
@@ -145,8 +132,8 @@ def backward(rule, blocks, *refs):
         inverse_LL, decays = inverses_NLL[n].astype(jnp.float32), tokens.decays(blocks.decays.read(g_ref, n))
         S_PH, dS_PH = states_NPH[n].astype(jnp.float32), dS_NPH[n]
         up_LH, reads_a_LH = _up(a_LH), _down(decays.reads, 1.0)
-        reads = _stack(q_LH * decays.reads, a_LH * reads_a_LH)
-        puts = _stack(b_LH * decays.writes, k_LH * decays.writes)
+        reads = stack(q_LH * decays.reads, a_LH * reads_a_LH)
+        puts = stack(b_LH * decays.writes, k_LH * decays.writes)
         # 1. What the forward pass knew. Rows of scores are what is read, columns the readers.
         levels, found = {}, [{}, {}, {}, {}]
         for m, d_LH in decays.levels.items():
@@ -154,26 +141,26 @@ def backward(rule, blocks, *refs):
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
             readers = _pair(m, SECOND, *(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
             levels[m] = to, of, readers, _pair(m, FIRST, *written)
-            for i, scores in enumerate(_halves(product(_stack(*written), readers, "nt"))):
+            for i, scores in enumerate(halves(product(stack(*written), readers, "nt"))):
                 found[2 * i][m], found[2 * i + 1][m] = _unpair(m, SECOND, scores)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
         held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
         u_LP = product(inverse_LL, held_LP, "nn")
         # 2. The gradients of what is read and, through the triangular system, of what it is made of.
-        from_b, from_k = _halves(product(puts, dS_PH, "nt"))
+        from_b, from_k = halves(product(puts, dS_PH, "nt"))
         dx_LP = product(inverse_LL, product(bq_LL, do_LP, "nn") + from_b, "tn")
         dup_LP = _up(dx_LP)
-        dreads, written_LP = _stack(do_LP, dup_LP), _stack(u_LP, v_LP)
-        dv_LP = from_k + product(_beside(kq_LL, ku_LL), dreads, "nn")
+        dreads, written_LP = stack(do_LP, dup_LP), stack(u_LP, v_LP)
+        dv_LP = from_k + product(beside(kq_LL, ku_LL), dreads, "nn")
         # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
-        dq_far, da_LH = _halves(product(_stack(do_LP, dx_LP), S_PH, "nn"))
+        dq_far, da_LH = halves(product(stack(do_LP, dx_LP), S_PH, "nn"))
         dq_far, da_LH = decays.reads * dq_far, reads_a_LH * da_LH
         dup_far = _up(da_LH)
-        dput_b, dput_k = (decays.writes * d_LH for d_LH in _halves(product(written_LP, dS_PH, "nn")))
+        dput_b, dput_k = (decays.writes * d_LH for d_LH in halves(product(written_LP, dS_PH, "nn")))
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), b_LH * dput_b + k_LH * dput_k, "nn")
-        dS_NPH[n] = decays.keep_1H * dS_PH + product(_stack(do_LP, dx_LP), reads, "tn")
+        dS_NPH[n] = decays.keep_1H * dS_PH + product(stack(do_LP, dx_LP), reads, "tn")
         # 4. Within the chunk.
         dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(product(dreads, written_LP, "nt"))
         dbq_LL, dkq_LL, dbu_LL, dku_LL = (x_LL.T for x_LL in (dqb_LL, dqk_LL, dub_LL, duk_LL))
@@ -184,12 +171,12 @@ def backward(rule, blocks, *refs):
                 _pair_columns(m, FIRST, *(pairs.pick(d_LL, m, SECOND) for d_LL in of_reader))
                 for of_reader in ((dqb_LL, dqk_LL), (dub_LL, duk_LL))
             ]
-            dq, dup = (to * d for d in _halves(product(_stack(*of_scores), written, "nn")))
+            dq, dup = (to * d for d in halves(product(stack(*of_scores), written, "nn")))
             of_scores = [
                 _pair_columns(m, SECOND, *(pairs.pick(d_LL, m, FIRST) for d_LL in of_written))
                 for of_written in ((dbq_LL, dbu_LL), (dkq_LL, dku_LL))
             ]
-            db, dk = (of * d for d in _halves(product(_stack(*of_scores), readers, "nn")))
+            db, dk = (of * d for d in halves(product(stack(*of_scores), readers, "nn")))
             sums = near if m < _ROWS else far
             for i, (d, half) in enumerate(((dq, SECOND), (dup, SECOND), (db, FIRST), (dk, FIRST))):
                 sums[i] = add(sums[i], d, m, half)

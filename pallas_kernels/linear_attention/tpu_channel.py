@@ -32,7 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import walk
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
-from pallas_kernels.common.head_blocks import Blocks, flags, widen
+from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, flags, widen
 from pallas_kernels.common.walk import CHUNK, PARAMS, Tokens, finish, is_exact, start
 
 
@@ -51,11 +51,11 @@ def forward(scale, before, q, k, v, g, state, segment_ids):
         grid=blocks.grid,
         in_specs=[spec.flags, spec.keys, spec.keys, spec.values, spec.decays, spec.state],
         out_specs=[spec.values, spec.state],
-        out_shape=[blocks.values.shape(v.dtype), _like(state_BNHP)],
+        out_shape=[blocks.values.shape(v.dtype), as_float32(state_BNHP)],
         scratch_shapes=[pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)],
         compiler_params=PARAMS,
     )(flags(segment_ids, CHUNK), *blocks.pack(q, k, v, g), state_BNHP)
-    return blocks.values.from_kernel(o)[..., : v.shape[3]], _cut(last_BNHP, state)
+    return blocks.values.from_kernel(o)[..., : v.shape[3]], cut(last_BNHP, state)
 
 
 def backward(scale, before, inputs, cotangents):
@@ -72,9 +72,7 @@ def backward(scale, before, inputs, cotangents):
         grid=blocks.grid,
         in_specs=[spec.flags, spec.keys, spec.values, spec.decays, spec.state],
         out_specs=spec.states,
-        out_shape=jax.ShapeDtypeStruct(
-            (blocks.B, blocks.grid[2], blocks.N, blocks.P, blocks.H), jnp.float32 if rule.exact else jnp.bfloat16
-        ),
+        out_shape=blocks.kept(rule.exact)[0],
         scratch_shapes=scratch,
         compiler_params=PARAMS,
     )(flags_B1T, *packed[1:], state_BNHP)
@@ -92,7 +90,7 @@ def backward(scale, before, inputs, cotangents):
             *[blocks.dkeys.shape(x.dtype if blocks.parts == 1 else jnp.float32) for x in (q, k)],
             blocks.values.shape(v.dtype),
             blocks.decays.shape(jnp.float32),
-            _like(state_BNHP),
+            as_float32(state_BNHP),
         ],
         scratch_shapes=scratch,
         compiler_params=PARAMS,
@@ -102,16 +100,8 @@ def backward(scale, before, inputs, cotangents):
         blocks.key_gradient(dk, k),
         blocks.values.from_kernel(dv)[..., : v.shape[3]],
         blocks.decays.from_kernel(dg)[..., : g.shape[3]],
-        _cut(dstate_BNHP, state),
+        cut(dstate_BNHP, state),
     )
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-
-
-def _cut(x_BNHP: jax.Array, like: jax.Array) -> jax.Array:
-    return x_BNHP[:, :, : like.shape[2], : like.shape[3]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from efficient_lm.sharding import make_mesh, shard
 D_MODEL, T = 32, 12
 # Documents side by side, with padding before, between and after them; all of one length, so that they make a batch.
 PACKED = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]], np.int32)
+# The same documents, each with the padding behind it, the first with that before it.
+WITHOUT_PADDING = np.maximum.accumulate(np.maximum(PACKED, 1), axis=1)
 
 call = jax.jit(lambda mixer, x, state=None, segment_ids=None: mixer(x, state, segment_ids=segment_ids))
 
@@ -106,7 +108,7 @@ def sharded_equals_single(cfg: MixerConfig) -> None:
             return jnp.sum(y_BTD * dy_BTD)
 
         mixer = jax.jit(lambda: build(cfg))()
-        data = (inputs(4), inputs(4, seed=2), jnp.asarray(np.tile(np.maximum(PACKED, 1), (2, 1))))
+        data = (inputs(4), inputs(4, seed=2), jnp.asarray(np.tile(WITHOUT_PADDING, (2, 1))))
         data = [shard(x, dims) for x, dims in zip(data, batch_dims, strict=True)]
         return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(mixer, *data))
 

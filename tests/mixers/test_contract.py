@@ -52,7 +52,7 @@ TINY = [
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, conv_size=None),
-    KimiDeltaAttentionConfig(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, gate_rank=6),
+    KimiDeltaAttentionConfig(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, gate_rank=6, beta_max=2.0),
     GatedDeltaProductConfig(num_steps=3, num_heads=4, num_key_heads=2, key_dim=8, value_dim=16),
     CombaConfig(num_heads=2, key_dim=8, value_dim=16),
     MesaNetConfig(num_heads=2, key_dim=8, value_dim=16, num_iterations=8),
