@@ -53,7 +53,7 @@ def attend(q, k, v):
     for t in range(T):
         own = t // size
         means = [k[c * size : (c + 1) * size].mean(0) for c in range(own)]
-        likes = torch.tensor([float(q[t] @ mean) for mean in means])
+        likes = torch.tensor([(q[t] @ mean).item() for mean in means])
         best = likes.topk(min(SETTINGS["top_k"] - 1, own)).indices.tolist()
         seen = [s for c in sorted(best) for s in range(c * size, (c + 1) * size)] + list(range(own * size, t + 1))
         weights = torch.softmax(k[seen] @ q[t] / SETTINGS["head_dim"] ** 0.5, dim=0)
