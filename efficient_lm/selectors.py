@@ -1,7 +1,7 @@
 """Which blocks a token attends to beside its own: pure functions that return ids for `kernels.block_sparse_attention`.
 
-Ids `[B T K J]` count the full blocks of a row (`efficient_lm.blocks`), -1 is none. All of them lie before the token's own
-block and in its document: `Blocks.before` says which ones do.
+Ids `[B T K J]` count the full blocks of a row (`efficient_lm.blocks`), -1 is none. All of them lie before the token's
+own block and in its document: `Blocks.before` says which ones do.
 
 The first four choose by what blocks hold. Patterns are numbers of blocks in the document, which depend on the number of
 the token's own alone; `in_row` says where in the row these are.

@@ -35,7 +35,7 @@ class BlockCache:
 def init_block_cache(
     *summary_dims: str, batch_size: int, max_len: int, block_size: int, dtype: DTypeLike, **sizes: int
 ) -> BlockCache:
-    """Returns an empty cache for `max_len` tokens, with a slot `summary_dims` of each block for each of its summaries."""
+    """Returns an empty cache for `max_len` tokens, and for summaries of their blocks with the dimensions given."""
     C = -(-max_len // block_size)
     arrays = ("BSKH", dtype), ("BSKP", dtype)
     tokens = init_cache(*arrays, batch_size=batch_size, max_len=C * block_size, **sizes)
