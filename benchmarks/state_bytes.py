@@ -96,7 +96,7 @@ class StateBytes:
 
 def main(cfg: StateBytes) -> dict[str, list[int]]:
     """Returns the bytes by mixer, at each of CONTEXTS."""
-    sizes = {name: [state_bytes(mixer, n) for n in CONTEXTS] for name, mixer in MIXERS.items()}
+    sizes = {name: state_bytes(mixer) for name, mixer in MIXERS.items()}
     cfg.output.mkdir(parents=True, exist_ok=True)
     numbers, picture = cfg.output / "state_bytes.json", cfg.output / "state_bytes.png"
     numbers.write_text(json.dumps({"contexts": CONTEXTS, "bytes": sizes}) + "\n")
@@ -105,10 +105,11 @@ def main(cfg: StateBytes) -> dict[str, list[int]]:
     return sizes
 
 
-def state_bytes(cfg: MixerConfig, context: int) -> int:
-    """Returns the bytes that one row's state takes."""
-    state = jax.eval_shape(lambda: cfg.build(D_MODEL, rngs=nnx.Rngs(0)).init_state(1, context, jnp.bfloat16))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def state_bytes(cfg: MixerConfig) -> list[int]:
+    """Returns the bytes that one row's state takes at each of CONTEXTS."""
+    mixer = jax.eval_shape(lambda: cfg.build(D_MODEL, rngs=nnx.Rngs(0)))
+    states = [jax.eval_shape(lambda n=n: mixer.init_state(1, n, jnp.bfloat16)) for n in CONTEXTS]
+    return [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) for state in states]
 
 
 def plot(sizes: dict[str, list[int]]) -> Figure:

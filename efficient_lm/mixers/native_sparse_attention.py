@@ -40,6 +40,8 @@ class NativeSparseAttentionConfig(MixerConfig):
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 "every key/value head serves the same number of query heads"
             )
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} is at least 1")
         if self.num_blocks < 3:
             raise ValueError(f"num_blocks={self.num_blocks}: the first, a query's own and the one before make three")
         return NativeSparseAttention(self, d_model, rngs=rngs)
