@@ -64,13 +64,18 @@ class View(NamedTuple):
         return self.segment_ids[:, first:], self.positions[:, first:]
 
     def attend(self, q: Float[Array, "B T N H"], block_ids: Int[Array, "B T M J"]) -> Float[Array, "B T N P"]:
-        """Returns attention to each query's own block and to those named, for M heads: all, or those of the keys."""
-        own, M = self.near(q, self.own_ids), block_ids.shape[2]
-        flat = lambda a: a.reshape(a.shape[0], -1, *a.shape[3:])
-        # A list for each head takes keys of its own.
-        k_BSKH, v_BSKP = (jnp.repeat(flat(a), M // a.shape[3], axis=2) for a in (self.block_k, self.block_v))
-        chosen = kernels.block_sparse_attention(q, k_BSKH, v_BSKP, block_ids, block_size=self.blocks.size)
-        return merge(own, chosen)
+        """Returns attention to each query's own block and to those named, for M heads: those of the keys, or all."""
+        (B, T, N, _), K, M = q.shape, self.k.shape[2], block_ids.shape[2]
+        k_BSKH, v_BSKP = (a.reshape(B, -1, *a.shape[3:]) for a in (self.block_k, self.block_v))
+        op = lambda q, ids: kernels.block_sparse_attention(q, k_BSKH, v_BSKP, ids, block_size=self.blocks.size)
+        own = self.near(q, self.own_ids)
+        if M == K:
+            return merge(own, op(q, block_ids))
+        # One head of each group after the other, so that keys are not copied for each.
+        split = lambda a: jnp.moveaxis(a.reshape(B, T, K, N // K, a.shape[3]), 3, 0)
+        o_GBTKP, lse_GBKT = jax.lax.map(lambda xs: op(*xs), (split(q), split(block_ids)))
+        o_BTNP = jnp.moveaxis(o_GBTKP, 0, 3).reshape(B, T, N, v_BSKP.shape[3])
+        return merge(own, (o_BTNP, jnp.moveaxis(lse_GBKT, 0, 2).reshape(B, N, T)))
 
     def near(
         self, q: Float[Array, "B T N H"], ids: Int[Array, "B S"], window_size: int | None = None
