@@ -132,13 +132,9 @@ def bfloat16_is_close(cfg: MixerConfig) -> None:
 def extremes_are_finite(cfg: MixerConfig) -> None:
     """Inputs that saturate every gate give finite values and gradients."""
     mixer = build(cfg)
+    gradient = jax.jit(jax.grad(lambda mixer, x_BTD: jnp.sum(jnp.square(mixer(x_BTD)[0])), argnums=(0, 1)))
     for scale in (0.0, 1e-4, 300.0):
-
-        def loss(mixer, x_BTD):
-            return jnp.sum(jnp.square(mixer(x_BTD)[0]))
-
-        x_BTD = scale * inputs()
-        grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(mixer, x_BTD)
+        grads = gradient(mixer, scale * inputs())
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
             assert np.all(np.isfinite(leaf)), f"inputs of size {scale}: gradient of {jax.tree_util.keystr(path)}"
 
