@@ -81,8 +81,14 @@ def test_every_mixer_is_covered():
     assert exported - {MixerConfig} == {type(cfg) for cfg in TINY}
 
 
+def case(cfg):
+    """One process tests all promises of a mixer: they share compiled programs."""
+    name = type(cfg).__name__.removesuffix("Config")
+    return pytest.param(cfg, id=name, marks=pytest.mark.xdist_group(name))
+
+
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", [*TINY, PAIR], ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+@pytest.mark.parametrize("cfg", [case(cfg) for cfg in [*TINY, PAIR]])
 def test_promise(cfg, promise):
     promise(cfg)
 
