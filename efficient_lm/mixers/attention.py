@@ -71,8 +71,8 @@ class Attention(Mixer):
         return init_cache(("BSKH", dtype), ("BSKH", dtype), batch_size=batch_size, max_len=max_len, **window, K=K, H=H)
 
     def flops_per_token(self, seq_len: int) -> float:
-        window = min(self.cfg.window_size or seq_len, seq_len)
-        # The first tokens see fewer than a window.
+        window = min((self.cfg.window_size or seq_len) + self.cfg.sink_tokens, seq_len)
+        # The first tokens see fewer than that.
         seen = window - window * (window - 1) / (2 * seq_len)
         return 4.0 * self.cfg.num_heads * self.cfg.head_dim * seen
 
