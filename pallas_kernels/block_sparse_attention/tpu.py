@@ -155,6 +155,7 @@ def _backward(options, dq_dtype, q, k, v, block_ids, segment_ids, at, lse_BTN, d
                 pltpu.VMEM((H, R), jnp.float32),
                 pltpu.VMEM((S, H), jnp.float32),
                 pltpu.VMEM((S, P), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=[
@@ -179,18 +180,18 @@ def _backward(options, dq_dtype, q, k, v, block_ids, segment_ids, at, lse_BTN, d
 
 
 def _backward_kernel(scale, rows, steps, ids, q, do, lse_1R, shift_1R, first_1R, last_1R, *refs):
-    keys, values, places, (dq, dk, dv, dq_HR, dk_SH, dv_SP) = steps.split(refs)
+    keys, values, places, (dq, dk, dv, dq_HR, dk_SH, dv_SP, done) = steps.split(refs)
     chosen = steps.chosen(ids)
     x, u, step = (pl.program_id(axis) for axis in range(3))
-
-    @pl.when((u == 0) & (step == 0))
-    def _():
-        dk_SH[...] = jnp.zeros_like(dk_SH)
-        dv_SP[...] = jnp.zeros_like(dv_SP)
 
     @pl.when(step == 0)
     def _():
         dq_HR[...] = jnp.zeros_like(dq_HR)
+
+        @pl.when(u == 0)
+        def _():
+            dk_SH[...] = jnp.zeros_like(dk_SH)
+            dv_SP[...] = jnp.zeros_like(dv_SP)
 
     @pl.when(chosen[0] >= 0)
     def _():
@@ -210,16 +211,20 @@ def _backward_kernel(scale, rows, steps, ids, q, do, lse_1R, shift_1R, first_1R,
             dk_SH[at] += dk_XH[i * L : (i + 1) * L]
             dv_SP[at] += dv_XP[i * L : (i + 1) * L]
 
-    last_step = step == pl.num_programs(2) - 1
-
-    @pl.when(last_step)
+    @pl.when(step == pl.num_programs(2) - 1)
     def _():
         rows.write(dq, scale * dq_HR[...].T)
 
-    @pl.when((u == pl.num_programs(1) - 1) & last_step)
-    def _():
-        pltpu.sync_copy(dk_SH, dk.at[x])
-        pltpu.sync_copy(dv_SP, dv.at[x])
+        @pl.when(u == pl.num_programs(1) - 1)
+        def _():
+            copies = [
+                pltpu.make_async_copy(of_keys, out.at[x], done.at[i])
+                for i, (of_keys, out) in enumerate([(dk_SH, dk), (dv_SP, dv)])
+            ]
+            for copy in copies:
+                copy.start()
+            for copy in copies:
+                copy.wait()
 
 
 class _Steps:
