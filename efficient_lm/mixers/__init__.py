@@ -40,6 +40,10 @@ from efficient_lm.mixers.mla import MLA as MLA
 from efficient_lm.mixers.mla import MLAConfig as MLAConfig
 from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
+from efficient_lm.mixers.moba import MoBA as MoBA
+from efficient_lm.mixers.moba import MoBAConfig as MoBAConfig
+from efficient_lm.mixers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
+from efficient_lm.mixers.native_sparse_attention import NativeSparseAttentionConfig as NativeSparseAttentionConfig
 from efficient_lm.mixers.retnet import RetNet as RetNet
 from efficient_lm.mixers.retnet import RetNetConfig as RetNetConfig
 from efficient_lm.mixers.rglru import RGLRU as RGLRU

@@ -32,6 +32,8 @@ from efficient_lm.mixers import (
     MixerConfig,
     MLAConfig,
     MLSTMConfig,
+    MoBAConfig,
+    NativeSparseAttentionConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -49,6 +51,9 @@ TINY = [
     GroupedTiedAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=10, rotary_dim=6),
     MLAConfig(num_heads=4, latent_dim=12, query_rank=10, key_dim=8, rotary_dim=6, value_dim=16),
     MLAConfig(num_heads=4, num_latent_heads=2, latent_dim=12, key_dim=8, rotary_dim=6, value_dim=16),
+    MoBAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=2, num_blocks=4),
+    # Of all blocks but one: a choice among more is so close somewhere that bfloat16 takes another one.
+    NativeSparseAttentionConfig(num_heads=8, num_kv_heads=2, head_dim=6, block_size=2, num_blocks=5, window_size=3),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, conv_size=None),
