@@ -71,7 +71,7 @@ TINY = [
     S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
     ParallelMixerConfig(
-        first=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=12),
+        first=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=10),
         second=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
         scale="vector",
         fusion="concatenate",

@@ -78,7 +78,7 @@ def test_joint_gate_on_a_mesh():
     ("changes", "message"),
     [
         ({"fusion": "concatenate"}, "needs joint_projection"),
-        ({"fusion": "add", "joint_projection": True}, r"one width, not \[48, 32\]"),
+        ({"fusion": "add", "joint_projection": True}, r"one width, not \[48, 64\]"),
         ({"second": BLOCK}, "must both be HeadsMixers"),
     ],
 )
