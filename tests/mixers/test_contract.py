@@ -34,6 +34,7 @@ from efficient_lm.mixers import (
     MLSTMConfig,
     MoBAConfig,
     NativeSparseAttentionConfig,
+    ParallelMixerConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -74,6 +75,13 @@ TINY = [
     RGLRUConfig(width=48, num_heads=4),
     S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
+    ParallelMixerConfig(
+        first=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=10),
+        second=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+        scale="vector",
+        fusion="concatenate",
+        joint_projection=True,
+    ),
 ]
 
 RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
