@@ -30,3 +30,8 @@ def test_memory_is_linear():
 @pytest.mark.slow
 def test_experts_on_a_pod():
     run("tests.aot.experts")
+
+
+@pytest.mark.slow
+def test_plan():
+    run("tests.aot.plan")
