@@ -102,8 +102,9 @@ def make_plan(cfg: TrainConfig, target: Target, axes: dict[str, int]) -> Plan:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak, chip_bytes = memory_of_failure(str(error))
-        memory = known | {"activations, gradients": peak - sum(known.values())}
+        temporary, chip_bytes = memory_of_failure(str(error), sum(known.values()))
+        memory = known | {"activations, gradients": temporary}
+        peak = sum(memory.values())
         program, remarks = None, ["the compiler gave up for want of memory: nothing is known of what it would send"]
     else:
         analysis = compiled.memory_analysis()
@@ -160,17 +161,21 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(shape) * itemsize for shape, itemsize in shards)
 
 
-def memory_of_failure(message: str) -> tuple[int, int]:
-    """Returns how much memory a program would need, and how much there is, from the compiler's refusal.
+def memory_of_failure(message: str, arguments: int) -> tuple[int, int]:
+    """Returns the bytes that a program needs beside its arguments, and those there are, from the compiler's refusal.
 
     Raises:
       ValueError: it failed for another reason.
     """
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if used is None:
+    number = r"([\d.]+)([KMGT]?)"
+    all_of_it = re.search(rf"Used {number} of {number} hbm", message)
+    temporary = re.search(rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", message)
+    found = all_of_it or temporary
+    if found is None:
         raise ValueError("the training step does not compile: " + " ".join(message.split())[:500])
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return int(float(used[1]) * unit[used[2]]), int(float(used[3]) * unit[used[4]])
+    used, available = (int(float(found[i]) * unit[found[i + 1]]) for i in (1, 3))
+    return used - arguments if all_of_it else used, available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

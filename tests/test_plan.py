@@ -128,9 +128,11 @@ def test_devices_of_targets():
 
 def test_reads_how_much_is_missing():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity"
-    assert memory_of_failure(said) == (int(20.5 * 2**30), int(15.75 * 2**30))
+    assert memory_of_failure(said, 2**30) == (int(19.5 * 2**30), int(15.75 * 2**30))
+    said = "the total memory required for HLO temporaries (420.5G) exceeds available HBM (15.75G)."
+    assert memory_of_failure(said, 2**30) == (int(420.5 * 2**30), int(15.75 * 2**30))
     with pytest.raises(ValueError, match="does not compile: UNIMPLEMENTED"):
-        memory_of_failure("UNIMPLEMENTED: this")
+        memory_of_failure("UNIMPLEMENTED: this", 0)
 
 
 def test_floors(tmp_path):
