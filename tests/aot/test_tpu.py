@@ -25,3 +25,8 @@ def test_compiles(chip):
 @pytest.mark.slow
 def test_experts_on_a_pod():
     run("tests.aot.experts")
+
+
+@pytest.mark.slow
+def test_plan():
+    run("tests.aot.plan")
