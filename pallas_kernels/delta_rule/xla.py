@@ -142,7 +142,7 @@ def backward(scale, residuals, cotangents):
     dqk_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, u_CBKGLP)
     scores_CBKRGLS = jnp.stack([qk_CBKGLS, kk_CBKGLS], axis=3)
     dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, dsystem_CBKGLS * beta_CBKGL1.mT], axis=3)
-    dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
+    dqk_CBKRLH, dk_CBKLH, pairs = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.
     dread_q_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
     dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", dv_CBKGLP, states_CBKGHP)
@@ -150,10 +150,10 @@ def backward(scale, residuals, cotangents):
     dq_CBKLH = dqk_CBKRLH[:, :, :, 0] + jnp.sum(dread_q_CBKGLH, axis=3)
     dk_CBKLH += dqk_CBKRLH[:, :, :, 1] + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
     # 6. The decays.
-    rows += decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
+    rows = decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
     puts = decay.log_sum(k_CBKGLH * dput_CBKGLH)
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
+    dg_CBKGLX = decay.gradient(pairs, rows, puts, whole)
     T = v.shape[1]
     dbeta_BTN, dg_BTNX = chunks.join(dbeta_CBKGL, T, beta.dtype), chunks.join(dg_CBKGLX, T, g.dtype)
     return (

@@ -125,20 +125,19 @@ def backward(scale, residuals, cotangents):
     readers = (x.for_q, x.q_CBKLH, do_CBKGLP), (x.for_a, x.a_CBKLH, dx_CBKGLP)
     written = (x.b_CBKLH, u_CBKGLP), (x.k_CBKLH, x.v_CBKGLP)
     dreaders, dkeys = [], [jnp.zeros_like(x.b_CBKLH), jnp.zeros_like(x.k_CBKLH)]
-    rows, cols, puts = [], jnp.zeros(()), jnp.zeros(())
+    rows, pairs, puts = [], jnp.zeros(()), jnp.zeros(())
     for i, (decay, x_CBKLH, d_CBKGLP) in enumerate(readers):
         border_CBKGLH = decay.reads_CBKGLX * dstate_CBKGLH(d_CBKGLP, states_CBKGHP)
         dreaders.append(jnp.sum(border_CBKGLH, axis=3))
         rows.append(decay.log_sum(x_CBKLH[:, :, :, None] * border_CBKGLH))
         for j, (k_CBKLH, y_CBKGLP) in enumerate(written):
             d_CBKRGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", d_CBKGLP, y_CBKGLP)[:, :, :, None]
-            dx_CBKRLH, dk_CBKLH, more_rows, more_cols = decay.scores_backward(
+            dx_CBKRLH, dk_CBKLH, more_pairs = decay.scores_backward(
                 d_CBKRGLS, scores[2 * i + j], x_CBKLH[:, :, :, None], k_CBKLH
             )
             dreaders[i] += dx_CBKRLH[:, :, :, 0]
             dkeys[j] += dk_CBKLH
-            rows[i] += more_rows
-            cols += more_cols
+            pairs += more_pairs
     # 5. What b and k leave in the state after the chunk.
     for j, (k_CBKLH, y_CBKGLP) in enumerate(written):
         dput_CBKGLH = x.for_q.writes_CBKGLX * dstate_CBKGLH(y_CBKGLP, dstates_CBKGHP)
@@ -147,7 +146,7 @@ def backward(scale, residuals, cotangents):
     # 6. The decays. What a reads has decayed as what q reads a token earlier.
     rows = rows[0] + jnp.pad(rows[1][..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
     whole = x.for_q.keep_CBKGX1[..., 0] * x.for_q.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGLX = x.for_q.gradient(rows, cols, puts, whole)
+    dg_CBKGLX = x.for_q.gradient(pairs, rows, puts, whole)
     T, (dq_CBKLH, da_CBKLH), (db_CBKLH, dk_CBKLH) = v.shape[1], dreaders, dkeys
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),
