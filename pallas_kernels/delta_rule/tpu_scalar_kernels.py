@@ -21,7 +21,6 @@ Heads go side by side, phase by phase: while the products of one are under way, 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +45,17 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def keys(self, k_LH: jax.Array) -> jax.Array:
-        """Returns k k^T. The errors of a system are those of what it gives, ten times over where keys are alike."""
-        product = functools.partial(self.product, sides="nt")
-        return accurate(product, k_LH, k_LH) if self.exact else product(k_LH, k_LH)
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
+        """Returns the product without the errors of sums of float32, if it is `exact`."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
+        product = functools.partial(self.product, sides=sides)
+        return accurate(product, x, y, axes) if self.exact else product(x, y)
 
-    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Returns d of (I + A) d = x, given what multiplies by A."""
+    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, a_LL: jax.Array, sides: str = "nn") -> jax.Array:
+        """Returns d of (I + A) d = x; errors of A are those of d, ten times over where keys are alike."""
         d_LP = self.product(inverse_LL, x_LP)
         if self.exact:  # the inverse has errors of its own, which this corrects
-            d_LP += self.product(inverse_LL, x_LP - d_LP - multiply(d_LP))
+            d_LP += self.product(inverse_LL, x_LP - d_LP - self.accurate(a_LL, d_LP, sides))
         return d_LP
 
     def rounded(self, x: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ def forward(rule: Rule, blocks: Blocks, *refs):
         q_LH, k_LH = blocks.keys.read(q_ref, key), gates.clear(blocks.keys.read(k_ref, key))
         k_HL, both = k_LH.T, rule.rounded(jnp.concatenate([q_LH, k_LH]))
         scores = product(both, k_HL)
-        of_keys_LL = rule.keys(k_LH) if rule.exact else scores[CHUNK:]
+        of_keys_LL = rule.accurate(k_LH, k_LH, "nt") if rule.exact else scores[CHUNK:]
         for n in heads:
             qk_LL[n], kk_LL[n], written[n] = scores[:CHUNK], of_keys_LL, k_HL
             reads = product(both, S_NHP[n])
@@ -166,8 +166,7 @@ def forward(rule: Rule, blocks: Blocks, *refs):
                 kept[1][n] = inverses[n]
             reads_LP = gates.reads_LX(gates.logs_LL(n), blocks.P)
             x_LP = gates.clear(blocks.values.read(v_ref, n)) - reads_LP * k_reads[n]
-            multiply = functools.partial(product, systems[n])
-            d_LP = rule.rounded(rule.solve(inverses[n], x_LP, multiply))
+            d_LP = rule.rounded(rule.solve(inverses[n], x_LP, systems[n]))
             o.append(rule.scale * gates.clear(product(qk_LL[n], d_LP) + reads_LP * q_reads[n]))
             writes_1L = gates.writes[n : n + 1] * gates.beta[n : n + 1]
             S_NHP[n] = gates.keep[n : n + 1] * S_NHP[n] + product(written[n] * writes_1L, d_LP)
@@ -189,6 +188,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
     gates, product, rounded = Gates(gates_ref, documents_1L[...]), rule.product, rule.rounded
     limit_LL, apart_LL = gates.limit(readers_first=False)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    reader, token = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0), lane
     columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     for unit in blocks.units:
         dq, dk, dv = [], [], []
@@ -197,7 +197,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
             q_LH = rule.scale * q_LH
             q_HL, k_HL = q_LH.T, k_LH.T
             q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
-            qkT_LL, kk_LL = product(k, q_HL), rule.keys(k_LH)
+            qkT_LL, kk_LL = rule.accurate(k, rounded(q_HL)), rule.accurate(k, k, "nt")
             dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
             for n in heads:
                 v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -210,17 +210,17 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk_LL * pairs_LL, 0)
                 x_LP = v_LP - gates.reads_LX(logs_LL, blocks.P) * product(k, S)
                 system_LL = c_LL * beta_LL
-                d_LP = rule.solve(inverse_LL, x_LP, lambda x_LP, a_LL=system_LL: product(a_LL, x_LP, "tn"))
+                d_LP = rule.solve(inverse_LL, x_LP, system_LL, "tn")
                 d = rounded(d_LP)
                 # 2. Through what tokens write, and the system.
                 put_LP = gates.writes_LX(n, logs_LL, blocks.P) * product(k, dS)
                 z_LP = product(a_LL, do) + put_LP
                 dd_LP = _widen(beta_LL, blocks.P) * z_LP
-                dx_LP = rule.solve(inverse_LL.T, dd_LP, functools.partial(product, system_LL))
+                dx_LP = rule.solve(inverse_LL.T, dd_LP, system_LL)
                 dx = rounded(dx_LP)
                 dbeta_L1 = jnp.sum(d_LP * (z_LP - product(c_LL, dx)), axis=1, keepdims=True)
                 # 3. Within the chunk.
-                da_LL, dc_LL = product(d, do, "nt"), -product(d, dx, "nt")
+                da_LL, dc_LL = rule.accurate(d, do, "nt"), -rule.accurate(d, dx, "nt")
                 e_LL = da_LL * a_LL + dc_LL * c_LL
                 pairs_LL *= beta_LL
                 dqk, dkk = rounded(da_LL * pairs_LL), rounded(jnp.where(apart_LL, dc_LL * pairs_LL, 0))
@@ -233,14 +233,19 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 dS_NHP[n] = keep_11 * dS_HP + product(q_HL * reads_1L, do) - product(k_HL * reads_1L, dx)
                 dv.append(dx_LP)
                 # 5. The decays, and beta.
-                rows_1L = jnp.sum(beta_LL * e_LL, axis=0, keepdims=True)
-                rows_1L += jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
+                rows_1L = jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
+                whole_1L = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
+                if rule.exact:  # the pairs that span a token, as in `common/decays.py`
+                    later_LL = product(beta_LL * e_LL, jnp.where(reader >= token, 1.0, 0.0))
+                    whole_1L += jnp.sum(jnp.where(reader < token, later_LL, 0), axis=0, keepdims=True)
+                    e_LL = jnp.zeros_like(e_LL)
+                else:
+                    rows_1L += jnp.sum(beta_LL * e_LL, axis=0, keepdims=True)
                 e_L1, put_L1 = (jnp.sum(x, axis=1, keepdims=True) for x in (e_LL, d_LP * put_LP))
                 for place, column_L1 in enumerate((e_L1, put_L1, dbeta_L1)):
                     columns_LL = jnp.where(lane == place * TILE + n, column_L1, columns_LL)
-                whole_11 = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
                 dgates_ref[0, n : n + 1] = rows_1L
-                dgates_ref[1, n : n + 1] = jnp.broadcast_to(whole_11, (1, CHUNK))
+                dgates_ref[1, n : n + 1] = jnp.broadcast_to(whole_1L, (1, CHUNK))
             dq.append(rule.scale * dqT_HL.T)
             dk.append(dk_LH + dkT_HL.T)
         (key, heads), *_ = unit
@@ -248,7 +253,6 @@ def backward(rule: Rule, blocks: Blocks, *refs):
         blocks.dkeys.write(dk_ref, key, dk)
         blocks.values.write(dv_ref, heads[0], dv)
     e_NL, put_NL, dbeta_NL = columns_LL.T[: 3 * TILE].reshape(3, TILE, CHUNK)
-    reader, token = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     later_NL = dgates_ref[0] - gates.beta * e_NL
     dg_NL = dot(later_NL, jnp.where(reader >= token, 1.0, 0.0), "nn", exact=True) + dgates_ref[1]
     dg_NL += dot(gates.beta * put_NL, jnp.where(reader < token, 1.0, 0.0), "nn", exact=True)
