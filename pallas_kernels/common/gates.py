@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common.documents import clear_padding
+from pallas_kernels.common.doubling import dot
 from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags
 from pallas_kernels.common.heads import TILE
 
@@ -37,8 +38,10 @@ def rows(x_BTN: jax.Array, segment_ids: jax.Array, blocks: Blocks) -> jax.Array:
     return jnp.moveaxis(x, (3, 4), (1, 2))
 
 
-def cumulative_logs(g_BTN: jax.Array, segment_ids: jax.Array, blocks: Blocks, exact: bool) -> list[jax.Array]:
-    """Returns the logs of g cumulated within chunks, in parts that are added up, each as `rows`.
+def cumulative_logs(
+    g_BTN: jax.Array, segment_ids: jax.Array, blocks: Blocks, exact: bool, before: bool = False
+) -> list[jax.Array]:
+    """Returns the logs of g cumulated within chunks, up to or `before` each token, in parts, each as `rows`.
 
     With two parts, one is a multiple of 1/64, whose sums are exact, and one a small rest: differences lose nothing
     where a decay of -30 stands beside one of -0.01. Beside bfloat16 products one part is enough.
@@ -48,7 +51,7 @@ def cumulative_logs(g_BTN: jax.Array, segment_ids: jax.Array, blocks: Blocks, ex
         coarse = jnp.ceil(parts[0] * 64) / 64
         parts = [coarse, parts[0] - coarse]
     # A constant of the program: XLA would take longer to make it than to multiply by it.
-    upper_LL = np.triu(np.ones((CHUNK, CHUNK), np.float32))
+    upper_LL = np.triu(np.ones((CHUNK, CHUNK), np.float32), int(before))
     return [jnp.einsum("BnhCL,LM->BnhCM", x, upper_LL, precision="highest") for x in parts]
 
 
@@ -112,6 +115,17 @@ class Gates:
         """Returns the decay from tokens to the end of the chunk, for head n, along all lanes."""
         decays_LL = _exp(_minus(_rows(self._end, n), _columns(self._columns, n)))
         return widen(jnp.where(self._documents_LL == self._last_11, decays_LL, 0), width)
+
+    def gradient(self, rows_NL: jax.Array, cols_NL: jax.Array, puts_NL: jax.Array, whole_NL: jax.Array) -> jax.Array:
+        """Returns the gradient of g from the sums of `common/decays.py`; `whole` is the same along a row."""
+        token, t = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+        over = lambda x_NL, which_LL: dot(x_NL, jnp.where(which_LL, 1.0, 0.0), "nn", exact=True)
+        dg_NL = whole_NL + over(puts_NL, token < t)
+        if self._before:
+            dg_NL += over(rows_NL, token > t) - over(cols_NL, token >= t)
+        else:
+            dg_NL += over(rows_NL - cols_NL, token >= t)
+        return jnp.where(self._documents_1L >= 0, dg_NL, 0)
 
 
 def column(x_LN: jax.Array, n: int) -> jax.Array:
