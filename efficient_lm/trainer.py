@@ -13,17 +13,18 @@ import numpy as np
 from efficient_lm.checkpoint import Checkpoints
 from efficient_lm.config import TrainConfig, parse_profile
 from efficient_lm.config_data import config_to_dict
-from efficient_lm.console import TrainingProgress, console, count, model_table
+from efficient_lm.console import TrainingProgress, console, count
+from efficient_lm.costs import model_costs, model_table
 from efficient_lm.data import Batch, Data
+from efficient_lm.devices import peak_flops
 from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
-from efficient_lm.flops import peak_flops, training_flops_per_token
 from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
-from efficient_lm.sharding import MESH_AXES, make_mesh, sharding
+from efficient_lm.sharding import make_mesh, sharding
 from efficient_lm.signals import stop_signals
-from efficient_lm.training import init_state, make_eval_step, make_train_step
+from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step
 
 # Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
 COMPARE_BYTES = 32 * 2**20
@@ -61,16 +62,7 @@ def fit(cfg: TrainConfig) -> Path:
 def check(cfg: TrainConfig) -> None:
     """Raises ValueError for what can be known to fail before anything is read, written or compiled."""
     check_logging(cfg.logging)
-    if cfg.mesh:
-        rows, sizes = cfg.batch_size // cfg.grad_accumulation, make_mesh(cfg.mesh).shape
-        shards = {axis: sizes[axis] for axis in MESH_AXES["B"] if axis in sizes}
-        if rows % math.prod(shards.values()):
-            among = " x ".join(f"{axis}={size}" for axis, size in shards.items())
-            raise ValueError(
-                f"batch_size={cfg.batch_size} / grad_accumulation={cfg.grad_accumulation} = {rows} rows "
-                f"cannot be divided among {among} devices"
-            )
-    jax.eval_shape(lambda: init_state(cfg, cfg.optimizer.build(cfg.num_steps)[0]))
+    abstract_state(cfg, cfg.optimizer.build(cfg.num_steps)[0], make_mesh(cfg.mesh) if cfg.mesh else None)
 
 
 class Run:
@@ -91,7 +83,7 @@ class Run:
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
         self.first_step, self.state = restored or (0, init())
         self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
-        self._flops_per_token = training_flops_per_token(self.state.model, cfg.seq_len)
+        self._flops_per_token = model_costs(cfg.model, context=cfg.seq_len).training_flops
         self._started, self._productive = time.perf_counter(), 0.0
 
     def __enter__(self) -> "Run":

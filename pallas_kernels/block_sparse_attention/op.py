@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import ref, xla
+from pallas_kernels.block_sparse_attention import ref, tpu, xla
 from pallas_kernels.block_sparse_attention.selection import Options, canonical
-from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.dispatch import check_impl, dispatch, supported
 from pallas_kernels.common.shapes import check_shapes
 
 
@@ -24,7 +24,7 @@ def block_sparse_attention(
     window_size: int | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     scale: float | None = None,
-    impl: Literal["ref", "xla"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
     """Returns the outputs and the log of each softmax's denominator (float32), both differentiable.
 
@@ -45,7 +45,7 @@ def block_sparse_attention(
       ValueError: an unknown `impl`, shapes that do not fit, sizes below 1.
     """
     op = "block_sparse_attention"
-    check_impl(op, impl, ("ref", "xla"))
+    check_impl(op, impl, ("ref", "xla", "tpu"))
     sizes = {"block_size": block_size, "query_block": query_block, "window_size": window_size}
     for name, size in sizes.items():
         if size is not None and size < 1:
@@ -60,9 +60,10 @@ def block_sparse_attention(
         segment_ids = jnp.ones((B, S), jnp.int32)
     options = Options(block_size, query_block, window_size, H**-0.5 if scale is None else scale)
     args = q, k, v, canonical(block_ids, -(-S // block_size)), segment_ids
-    if impl == "ref" or T == 0:
+    chosen = supported(op, impl, tpu.unsupported(options, *args[:4]))
+    if chosen == "ref" or T == 0:
         return ref.block_sparse_attention(options, *args)
-    return _block_sparse_attention(impl, options, *args)
+    return _block_sparse_attention(chosen, options, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,11 +72,11 @@ def _block_sparse_attention(impl, options, *args):
 
 
 def _forward(impl, options, *args):
-    return dispatch(impl, _bind(options, xla=xla.forward), *args)
+    return dispatch(impl, _bind(options, xla=xla.forward, tpu=tpu.forward), *args)
 
 
 def _backward(impl, options, *args):
-    return *dispatch(impl, _bind(options, xla=xla.backward), *args), None, None
+    return *dispatch(impl, _bind(options, xla=xla.backward, tpu=tpu.backward), *args), None, None
 
 
 def _bind(options, **implementations):

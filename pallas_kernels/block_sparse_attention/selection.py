@@ -38,9 +38,10 @@ def sees(options: Options, queries: Tokens, keys: Tokens) -> jax.Array:
 
 
 def canonical(block_ids: jax.Array, num_blocks: int) -> jax.Array:
-    """Returns the ids in order; -1 in place of those named before and of those that are no blocks."""
+    """Returns the ids in order, each once, and -1 after them."""
     largest = jnp.iinfo(block_ids.dtype).max
     is_block = (block_ids >= 0) & (block_ids < num_blocks)
     ordered = jnp.sort(jnp.where(is_block, block_ids, largest), axis=-1)
     is_new = jnp.diff(ordered, axis=-1, prepend=-1) != 0
-    return jnp.where(is_new & (ordered < num_blocks), ordered, -1)
+    ordered = jnp.sort(jnp.where(is_new, ordered, largest), axis=-1)
+    return jnp.where(ordered < largest, ordered, -1)

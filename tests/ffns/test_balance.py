@@ -11,11 +11,11 @@ from flax import nnx
 
 from efficient_lm import buffers
 from efficient_lm.config import TrainConfig
+from efficient_lm.costs import model_costs
 from efficient_lm.data import Batch
 from efficient_lm.ffns import MoEConfig
 from efficient_lm.ffns.routers import ReLUConfig, TopKConfig
 from efficient_lm.ffns.routers.base import balance, z_value
-from efficient_lm.flops import active_weights
 from efficient_lm.mixers import AttentionConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig, CosineConfig, MuonConfig, muon_dimensions
@@ -132,6 +132,6 @@ def test_each_expert_is_a_matrix_to_muon():
 
 
 def test_flops_count_active_experts():
-    model = jax.eval_shape(lambda: config().model.build(rngs=nnx.Rngs(0)))
     attention, router, expert, head = 4 * 16 * 16, 16 * E, 3 * 16 * 12, 16 * 32
-    assert active_weights(model) == 3 * (attention + router + 2 * expert) + head
+    weights, pairs = 3 * (attention + router + 2 * expert) + head, 3 * (2 * 8) * (12 + 1) / 2
+    assert model_costs(config().model, context=12).training_flops == 6 * weights + 3 * 4 * pairs

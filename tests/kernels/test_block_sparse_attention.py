@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention, block_sparse_attention
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import tpu, xla
 
 # float32 sums of some hundred exponentials and products, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 1e-5
@@ -147,6 +148,27 @@ def test_bfloat16():
     want = run(*(a.astype(jnp.float32) for a in narrow), block_ids, make_segments(T), impl="ref", **options)
     assert [a.dtype for a in (*got[0], *got[1])] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
     assert_same(got, want, 1e-2, 2e-2)  # Outputs are rounded to 8 bits; in gradients, two factors more.
+
+
+# Interpreted with races detected and fresh memory full of NaN. 16 heads are read in place, the others are brought
+# together, in groups filled up to 128 rows; a group's ids take several steps.
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"T": 50, "N": 32, "J": 9}, {"block_size": 32, "query_block": 16, "window_size": 41, "scale": 0.5}),
+        ({"T": 70, "S": 90, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 50}),
+    ],
+)
+def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
+    monkeypatch.setattr(tpu, "_FORWARD_KEYS", 128)
+    monkeypatch.setattr(tpu, "_BACKWARD_KEYS", 128)
+    if "S" in sizes:  # The gradients of four blocks at a time.
+        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 64 * 4 * (24 + 6))
+    blocks = {name: options[name] for name in ("block_size", "query_block")}
+    args = *make(**sizes, **blocks), make_segments(sizes.get("S", sizes["T"]))
+    want = run(*args, impl="ref", **options)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        assert_same(run(*args, impl="tpu", **options), want)
 
 
 def test_errors():

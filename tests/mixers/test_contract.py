@@ -34,6 +34,7 @@ from efficient_lm.mixers import (
     MLSTMConfig,
     MoBAConfig,
     NativeSparseAttentionConfig,
+    ParallelMixerConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -74,6 +75,13 @@ TINY = [
     RGLRUConfig(width=48, num_heads=4),
     S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
+    ParallelMixerConfig(
+        first=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=10),
+        second=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+        scale="vector",
+        fusion="concatenate",
+        joint_projection=True,
+    ),
 ]
 
 RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
@@ -86,8 +94,14 @@ def test_every_mixer_is_covered():
     assert exported - {MixerConfig} == {type(cfg) for cfg in TINY}
 
 
+def case(cfg):
+    """One process tests all promises of a mixer: they share compiled programs."""
+    name = type(cfg).__name__.removesuffix("Config")
+    return pytest.param(cfg, id=name, marks=pytest.mark.xdist_group(name))
+
+
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", [*TINY, PAIR], ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+@pytest.mark.parametrize("cfg", [case(cfg) for cfg in [*TINY, PAIR]])
 def test_promise(cfg, promise):
     promise(cfg)
 

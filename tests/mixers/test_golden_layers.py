@@ -476,7 +476,7 @@ def mamba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
         "dt_bias": p["dt_proj.bias"],
         "A_log": p["A_log"],
         "skip": p["D"],
-        "out_proj.kernel": p["out_proj.weight"].T,
+        "o_proj.kernel": p["out_proj.weight"].T,
     }
 
 
