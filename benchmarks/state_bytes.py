@@ -39,6 +39,7 @@ from efficient_lm.mixers import (
     MLSTMConfig,
     MoBAConfig,
     NativeSparseAttentionConfig,
+    ParallelMixerConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -63,6 +64,9 @@ MIXERS: dict[str, MixerConfig] = {
     "differential": DifferentialAttentionConfig(num_heads=8, num_kv_heads=2, head_dim=128),
     "NSA": NativeSparseAttentionConfig(**GROUPED),
     "MoBA": MoBAConfig(**GROUPED, block_size=512, num_blocks=3),
+    "GQA beside Mamba-2": ParallelMixerConfig(
+        first=AttentionConfig(**GROUPED), second=Mamba2Config(num_heads=64, key_dim=128, value_dim=64)
+    ),
     "Mamba-2": Mamba2Config(num_heads=64, key_dim=128, value_dim=64),
     "Mamba": MambaConfig(d_inner=4096, dt_rank=128),
     "S4D": S4DConfig(state_size=64),
