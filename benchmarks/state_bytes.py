@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ from efficient_lm.mixers import (
 )
 
 D_MODEL = 2048
-GROUPED = {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128}
+GROUPED: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128}
 MIXERS: dict[str, MixerConfig] = {
     "attention": AttentionConfig(num_heads=16, head_dim=128),
     "GQA": AttentionConfig(**GROUPED),
@@ -145,6 +146,7 @@ def plot(sizes: dict[str, list[int]]) -> Figure:
     left.set_xticks(CONTEXTS[::2], [_short(n, "", "k", "M") for n in CONTEXTS[::2]])
     powers = [2**n for n in range(12, 34, 3)]
     left.set_yticks(powers, [_short(n, "B", "kB", "MB", "GB") for n in powers])
+    left.set_xlim(CONTEXTS[0], CONTEXTS[-1])
     left.set(xlabel="tokens of context", title="Grow with the context")
 
     ordered = sorted(fixed.items(), key=lambda item: item[1])

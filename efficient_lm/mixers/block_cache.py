@@ -89,9 +89,11 @@ class View(NamedTuple):
         # Each list is a row of its own, with the heads that share it.
         k_RS1H, v_RS1P = (chosen(a, ids_BMJ).reshape(B * M, J * L, 1, -1) for a in (self.block_k, self.block_v))
         is_there_RS = jnp.repeat(ids_BMJ.reshape(B * M, J) >= 0, L, axis=1).astype(jnp.int32)
-        places = {"segment_ids": jnp.ones((B * M, 1), jnp.int32), "kv_segment_ids": is_there_RS}
+        ids_R1 = jnp.ones((B * M, 1), jnp.int32)
         q_R1GH = q.reshape(B * M, 1, N // M, q.shape[3])
-        o_R1GP, lse_RG1 = kernels.attention(q_R1GH, k_RS1H, v_RS1P, causal=False, **places)
+        o_R1GP, lse_RG1 = kernels.attention(
+            q_R1GH, k_RS1H, v_RS1P, causal=False, segment_ids=ids_R1, kv_segment_ids=is_there_RS
+        )
         return o_R1GP.reshape(B, 1, N, -1), lse_RG1.reshape(B, N, 1)
 
     def near(
@@ -99,8 +101,10 @@ class View(NamedTuple):
     ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
         """Returns attention to the tokens of the same id, and the log of its denominator."""
         first = ids.shape[1] - q.shape[1]
-        kv_ids = {"kv_segment_ids": ids} if first else {}
-        return kernels.attention(q, self.k, self.v, window_size=window_size, segment_ids=ids[:, first:], **kv_ids)
+        kv_ids = ids if first else None
+        return kernels.attention(
+            q, self.k, self.v, window_size=window_size, segment_ids=ids[:, first:], kv_segment_ids=kv_ids
+        )
 
 
 def attend_in_blocks(
