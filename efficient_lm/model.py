@@ -22,9 +22,15 @@ class BlockConfig:
     ffn: FFNConfig | None
     """None: the block is its mixer alone, as in Mamba."""
 
+    def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Block":
+        return Block(self, d_model, rngs=rngs)
+
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    share: float = 1.0
+    """Part of the tokens that it works on."""
 
     def __init__(self, cfg: BlockConfig, d_model: int, *, rngs: nnx.Rngs):
         self.mixer_norm, self.mixer = RMSNorm(d_model), cfg.mixer.build(d_model, rngs=rngs)
@@ -113,7 +119,7 @@ class LanguageModel(nnx.Module):
             keys = [jax.random.fold_in(layers_key, first + i) for i in range(len(letters.split()))]
             blocks = [cfg.blocks[letter] for letter in letters.split()]
             return nnx.List(
-                [Block(b, cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)]
+                [b.build(cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)]
             )
 
         num_prefix, period = len(cfg.prefix.split()), len(cfg.pattern.split())
