@@ -153,6 +153,13 @@ CASES = {
         tpu_kernel=False,
         trips=32 * 33,
     ),
+    "block_sparse_attention": Case(
+        functools.partial(kernels.block_sparse_attention, block_size=64, query_block=64),
+        {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "block_ids": "s32[BUKJ]", "segment_ids": "s32[BS]"},
+        "bf16[BTNP],f32[BNT]",
+        tpu_kernel=True,
+        sizes={"T": 2**15, "S": 2**15, "N": 32, "K": 2, "U": 2**9, "J": 16},
+    ),
     "grouped_matmul": Case(
         _grouped_matmul,
         {"x": "bf16[Td]", "w": "bf16[edF]", "group_sizes": "s32[e]"},

@@ -12,21 +12,27 @@ from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig, TrapezoidConfig
 from efficient_lm.rotary import Llama3Scaling, RotaryConfig
 
+ROTARY = RotaryConfig(theta=500_000.0, scaling=Llama3Scaling(factor=32.0))
 
-def config() -> TrainConfig:
-    rotary = RotaryConfig(theta=500_000.0, scaling=Llama3Scaling(factor=32.0))
-    mixer = AttentionConfig(num_heads=24, num_kv_heads=8, head_dim=64, rotary=rotary)
+
+def config(
+    mixer: AttentionConfig = AttentionConfig(num_heads=24, num_kv_heads=8, head_dim=64, rotary=ROTARY),
+    d_model: int = 1536,
+    d_ff: int = 4096,
+    num_layers: int = 14,
+    learning_rate: float = 3e-3,
+) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             vocab_size=128_256,
-            d_model=1536,
-            blocks={"A": BlockConfig(mixer=mixer, ffn=MLPConfig(d_ff=4096))},
+            d_model=d_model,
+            blocks={"A": BlockConfig(mixer=mixer, ffn=MLPConfig(d_ff=d_ff))},
             pattern="A",
-            num_periods=14,
+            num_periods=num_layers,
         ),
         data=DataConfig(tokenizer=FileConfig(path="tokenizer.json"), document_mask=False),
         optimizer=AdamWConfig(
-            learning_rate=6e-4, schedule=TrapezoidConfig(warmup_steps=7_500, decay_steps=6_000), clip_norm=1.0
+            learning_rate=learning_rate, schedule=TrapezoidConfig(warmup_steps=7_500, decay_steps=6_000)
         ),
         mesh={"data": -1},
         batch_size=256,

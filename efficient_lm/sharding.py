@@ -9,7 +9,7 @@ A name that ends in letters says what its dimensions are: `q_BTNH`. Everything h
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,23 @@ MESH_AXES = {
     "E": ("expert",),
 }
 
+NAMES = {"B": "rows", "D": "channels", "V": "tokens of the vocabulary", "F": "feed-forward channels"}
+NAMES |= {"N": "heads", "K": "key/value heads", "E": "experts"}
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh in explicit mode, e.g. `make_mesh({"data": -1, "model": 2})`; -1 takes the devices that are left.
+
+    Raises:
+      ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
+    """
+    sizes = mesh_sizes(axes, jax.device_count() if devices is None else len(devices))
+    explicit = (AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
+
+
+def mesh_sizes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Returns the sizes of the axes of a mesh, with a number for -1.
 
     Raises:
       ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
@@ -38,14 +52,14 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     for name in axes:
         if name not in known:
             raise ValueError(f"mesh axis {name!r} is unknown; the axes are {', '.join(known)}")
-    num_devices, sizes = jax.device_count(), dict(axes)
+    sizes = dict(axes)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and fixed > 0 and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     if min(sizes.values(), default=1) < 1 or math.prod(sizes.values()) != num_devices:
         raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; one axis may be -1, for the rest")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    return sizes
 
 
 def spec(dims: str) -> PartitionSpec:
@@ -60,8 +74,28 @@ def spec(dims: str) -> PartitionSpec:
 
 
 def shard(x: jax.Array, dims: str) -> jax.Array:
-    """Lays `x` out as its letters say."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(dims))
+    """Lays `x` out as its letters say.
+
+    Raises:
+      ValueError: a dimension cannot be divided among the devices of its mesh axes.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    check_divisible(x.shape, dims)
+    return jax.sharding.reshard(x, spec(dims))
+
+
+def check_divisible(shape: Sequence[int], dims: str) -> None:
+    """Raises ValueError if a dimension cannot be divided among the devices of its mesh axes."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for dim, size, axes in zip(dims, shape, spec(dims), strict=False):
+        among = {axis: sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes or [])}
+        if size % math.prod(among.values()):
+            mesh = " x ".join(f"{axis}={number}" for axis, number in among.items())
+            raise ValueError(
+                f"{size} {NAMES[dim]} ({dim} of {dims}) cannot be divided among {mesh} devices; the size of the axis "
+                f"has to be a divisor of {size}"
+            )
 
 
 def einsum(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -22,9 +22,9 @@ from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
-from efficient_lm.sharding import MESH_AXES, make_mesh, sharding
+from efficient_lm.sharding import make_mesh, sharding
 from efficient_lm.signals import stop_signals
-from efficient_lm.training import init_state, make_eval_step, make_train_step
+from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step
 
 # Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
 COMPARE_BYTES = 32 * 2**20
@@ -62,16 +62,7 @@ def fit(cfg: TrainConfig) -> Path:
 def check(cfg: TrainConfig) -> None:
     """Raises ValueError for what can be known to fail before anything is read, written or compiled."""
     check_logging(cfg.logging)
-    if cfg.mesh:
-        rows, sizes = cfg.batch_size // cfg.grad_accumulation, make_mesh(cfg.mesh).shape
-        shards = {axis: sizes[axis] for axis in MESH_AXES["B"] if axis in sizes}
-        if rows % math.prod(shards.values()):
-            among = " x ".join(f"{axis}={size}" for axis, size in shards.items())
-            raise ValueError(
-                f"batch_size={cfg.batch_size} / grad_accumulation={cfg.grad_accumulation} = {rows} rows "
-                f"cannot be divided among {among} devices"
-            )
-    jax.eval_shape(lambda: init_state(cfg, cfg.optimizer.build(cfg.num_steps)[0]))
+    abstract_state(cfg, cfg.optimizer.build(cfg.num_steps)[0], make_mesh(cfg.mesh) if cfg.mesh else None)
 
 
 class Run:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from efficient_lm import buffers
@@ -18,6 +20,7 @@ from efficient_lm.model import LanguageModel
 from efficient_lm.objectives import Objective
 from efficient_lm.optimizer import GuardState, guard
 from efficient_lm.rotary import document_positions
+from efficient_lm.sharding import check_divisible, spec
 
 POSITION_BINS = 16  # Bin i holds positions 2**(i-1) .. 2**i - 1 of a document; the last one, all that follow.
 
@@ -40,6 +43,32 @@ def init_state(cfg: TrainConfig, optimizer: optax.GradientTransformation) -> Tra
     """Returns the state before the first step, drawn from the seed."""
     model: Any = cfg.model.build(rngs=nnx.Rngs(params=jax.random.key(cfg.seed)))
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), GuardState.init())
+
+
+def abstract_state(
+    cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> tuple[TrainState, Batch]:
+    """Returns shapes, dtypes and layouts of the state and of a batch, as the training step takes them.
+
+    Raises:
+      ValueError: they cannot be divided among the devices of the mesh.
+    """
+    shape_BT = (cfg.batch_size, cfg.seq_len)
+    if mesh is None:
+        tokens = jax.ShapeDtypeStruct(shape_BT, jnp.int32)
+        return jax.eval_shape(lambda: init_state(cfg, optimizer)), Batch(tokens, tokens, tokens)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        try:
+            check_divisible((cfg.batch_size // cfg.grad_accumulation, cfg.seq_len), "BT")
+        except ValueError as error:
+            raise ValueError(
+                f"batch_size={cfg.batch_size} / grad_accumulation={cfg.grad_accumulation}: {error}"
+            ) from error
+        layout = lambda x: NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x))
+        state = jax.tree.map(place, jax.eval_shape(lambda: init_state(cfg, optimizer)))
+        tokens = jax.ShapeDtypeStruct(shape_BT, jnp.int32, sharding=NamedSharding(mesh, spec("BT")))
+    return state, Batch(tokens, tokens, tokens)
 
 
 def make_train_step(cfg: TrainConfig, objective: Objective, optimizer: optax.GradientTransformation) -> TrainStep:

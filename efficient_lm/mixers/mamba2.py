@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, ShortConv, decay_parameters, rms_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -45,7 +45,7 @@ class Mamba2State:
     v_conv: Leaf  # BWNP
 
 
-class Mamba2(Mixer):
+class Mamba2(HeadsMixer):
     def __init__(self, cfg: Mamba2Config, d_model: int, *, rngs: nnx.Rngs):
         D, N, K, H, P = d_model, cfg.num_heads, cfg.num_groups, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -74,13 +74,13 @@ class Mamba2(Mixer):
         return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("mamba2")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: Mamba2State | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Mamba2State | None]:
+    ) -> tuple[Float[Array, "B T N P"], Mamba2State | None]:
         q_BTKH, q_conv = self.q_conv(self.q_proj(x), state and state.q_conv, segment_ids=segment_ids)
         k_BTKH, k_conv = self.k_conv(self.k_proj(x), state and state.k_conv, segment_ids=segment_ids)
         v_BTNP, v_conv = self.v_conv(self.v_proj(x), state and state.v_conv, segment_ids=segment_ids)
@@ -102,4 +102,4 @@ class Mamba2(Mixer):
             *o_BTNP.shape[:2], self.cfg.num_groups, self.cfg.num_heads // self.cfg.num_groups, o_BTNP.shape[-1]
         )
         o_BTNP = rms_normalize(o_BTKGP, axes=(-2, -1)).reshape(o_BTNP.shape) * self.norm_scale[...]
-        return self.o_proj(o_BTNP.astype(x.dtype)), state and Mamba2State(S_BNHP, q_conv, k_conv, v_conv)
+        return o_BTNP.astype(x.dtype), state and Mamba2State(S_BNHP, q_conv, k_conv, v_conv)

@@ -149,6 +149,15 @@ class Pairs:
         """Returns the matrix that sums over a token and those after it in its block of `reach`."""
         return jnp.where(self._later_LL & (self.apart_LL < reach), 1.0, 0.0)
 
+    def spans(self, m: int) -> jax.Array:
+        """Returns the matrix that sums what level m's pairs add to the logs of decays: for those that a token spans.
+
+        It multiplies the gradients of the logarithms of what second blocks read, and of what is read of first blocks.
+        """
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, self.apart_LL.shape, axis) for axis in (0, 1))
+        reaches_LL = jnp.where(column & m > 0, column - row, row - column - 1) >= 0
+        return jnp.where(reaches_LL & (self.apart_LL < m), 1.0, 0.0)
+
     def earlier(self) -> jax.Array:
         """Returns the matrix that sums over the tokens before one."""
         return jnp.where(self._lower_LL[SECOND] > 0, 1.0, 0.0)

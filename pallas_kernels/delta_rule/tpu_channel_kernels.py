@@ -119,6 +119,8 @@ def backward(rule, blocks, *refs):
         dput_LH = decays.writes * product(u_LP, dS_PH, "nn")
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), w_LH * dput_LH, "nn")
+        if rule.exact:
+            dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, stack(reads_q_LH, reads_k_LH), "tn")
         # 4. Within the chunk. As in linear attention, what close tokens add to dg is summed by itself.
         dqw_LL, dkw_LL = halves(product(dreads, u_LP, "nt"))
@@ -137,8 +139,13 @@ def backward(rule, blocks, *refs):
                 dw = of * product(of_scores, join([take(k, m, SECOND), take(q, m, SECOND)], m), "nn")
                 dq_far, dk_far = add(dq_far, dq, m, SECOND), add(dk_far, dk, m, SECOND)
                 dw_far = add(dw_far, dw, m, FIRST)
-        dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
-        dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far - w_LH * dw_far, "nn")
+            if rule.exact:  # without differences, as in `common/decays.py`
+                rows = take(q_LH, m, SECOND) * dq + take(k_LH, m, SECOND) * dk
+                columns = take(w_LH, m, FIRST) * dw
+                dg_LH += product(pairs.spans(m), fill(rows, m, SECOND) + fill(columns, m, FIRST), "nn")
+        if not rule.exact:
+            dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
+            dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far - w_LH * dw_far, "nn")
         # 5. Together.
         own_L1 = jnp.sum(do_LP * u_LP, axis=1, keepdims=True)
         dq_LH = dq_near + dq_far + own_L1 * w_LH

@@ -1,13 +1,15 @@
 """The TPU kernels of the generalized delta rule; `tpu.py` says what they compute."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, halves, join, stack, take
+from pallas_kernels.common.accurate import accurate
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
 # Of a register.
@@ -23,6 +25,12 @@ class Rule:
 
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
+
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
+        """Returns the product without the errors of sums of float32, if it is `exact`."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
+        product = functools.partial(self.product, sides=sides)
+        return accurate(product, x, y, axes) if self.exact else product(x, y)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:
@@ -99,19 +107,24 @@ def forward(rule, blocks, flags_1L, *refs):
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
                 written = _pair(m, FIRST, *(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)))
-                for i, scores in enumerate(halves(product(readers, written, "nt"))):
+                for i, scores in enumerate(halves(rule.accurate(readers, written, "nt"))):
                     found[2 * i][m], found[2 * i + 1][m] = _unpair(m, FIRST, scores)
             qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
             of_v, up_v = halves(product(stack(qk_LL, uk_LL), v_LP, "nn"))
             reads = stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
             read_LP, held_LP = halves(product(reads, S_PH, "nt"))
             systems.append(-_down(ub_LL))
+            of_up = beside(ub_LL, uk_LL) if rule.exact else None
             puts = b_LH * decays.writes, k_LH * decays.writes
-            waiting.append((n, v_LP, held_LP + _down(up_v), read_LP + of_v, qb_LL, stack(*puts), decays.keep_1H))
+            reads = held_LP, held_LP + _down(up_v), read_LP + of_v
+            waiting.append((n, v_LP, of_up, *reads, qb_LL, stack(*puts), decays.keep_1H))
     # 2. What is read in truth; with it all else.
     o, inverses = [], triangular.inverses(systems, rule.exact)
-    for inverse_LL, (n, v_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
+    for inverse_LL, (n, v_LP, of_up, held_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
         S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
+        if rule.exact:
+            read_LP = held_LP + _down(rule.accurate(of_up, stack(u_LP, v_LP), "nn"))
+            u_LP += product(inverse_LL, read_LP - u_LP, "nn")
         if kept:
             states_NPH, inverses_NLL = kept
             states_NPH[n], inverses_NLL[n] = S_PH.astype(states_NPH.dtype), inverse_LL.astype(inverses_NLL.dtype)
@@ -141,15 +154,22 @@ def backward(rule, blocks, *refs):
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
             readers = _pair(m, SECOND, *(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
             levels[m] = to, of, readers, _pair(m, FIRST, *written)
-            for i, scores in enumerate(halves(product(stack(*written), readers, "nt"))):
+            for i, scores in enumerate(halves(rule.accurate(stack(*written), readers, "nt"))):
                 found[2 * i][m], found[2 * i + 1][m] = _unpair(m, SECOND, scores)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
-        held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
-        u_LP = product(inverse_LL, held_LP, "nn")
+        held_LP = product(a_LH * reads_a_LH, S_PH, "nt")
+        u_LP = product(inverse_LL, held_LP + _down(product(ku_LL, v_LP, "tn")), "nn")
+        if rule.exact:  # as in the forward pass
+            bu_LL = pairs.gather(found[1], _row_sum(up_LH * b_LH), FIRST)
+            read_LP = held_LP + _down(rule.accurate(stack(bu_LL, ku_LL), stack(u_LP, v_LP), "tn"))
+            u_LP += product(inverse_LL, read_LP - u_LP, "nn")
         # 2. The gradients of what is read and, through the triangular system, of what it is made of.
         from_b, from_k = halves(product(puts, dS_PH, "nt"))
-        dx_LP = product(inverse_LL, product(bq_LL, do_LP, "nn") + from_b, "tn")
+        du_LP = product(bq_LL, do_LP, "nn") + from_b
+        dx_LP = product(inverse_LL, du_LP, "tn")
+        if rule.exact:
+            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.accurate(bu_LL, _up(dx_LP), "nn"), "tn")
         dup_LP = _up(dx_LP)
         dreads, written_LP = stack(do_LP, dup_LP), stack(u_LP, v_LP)
         dv_LP = from_k + product(beside(kq_LL, ku_LL), dreads, "nn")
@@ -157,12 +177,13 @@ def backward(rule, blocks, *refs):
         dq_far, da_LH = halves(product(stack(do_LP, dx_LP), S_PH, "nn"))
         dq_far, da_LH = decays.reads * dq_far, reads_a_LH * da_LH
         dup_far = _up(da_LH)
+        dq_border, dup_border = dq_far, dup_far
         dput_b, dput_k = (decays.writes * d_LH for d_LH in halves(product(written_LP, dS_PH, "nn")))
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), b_LH * dput_b + k_LH * dput_k, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(stack(do_LP, dx_LP), reads, "tn")
         # 4. Within the chunk.
-        dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(product(dreads, written_LP, "nt"))
+        dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(rule.accurate(dreads, written_LP, "nt"))
         dbq_LL, dkq_LL, dbu_LL, dku_LL = (x_LL.T for x_LL in (dqb_LL, dqk_LL, dub_LL, duk_LL))
         near = [jnp.zeros_like(q_LH) for _ in range(4)]
         far = [dq_far, dup_far, *(jnp.zeros_like(q_LH) for _ in range(2))]
@@ -177,10 +198,17 @@ def backward(rule, blocks, *refs):
                 for of_written in ((dbq_LL, dbu_LL), (dkq_LL, dku_LL))
             ]
             db, dk = (of * d for d in halves(product(stack(*of_scores), readers, "nn")))
+            if rule.exact:  # without differences, as in `common/decays.py`
+                rows = take(q_LH, m, SECOND) * dq + take(up_LH, m, SECOND) * dup
+                columns = take(b_LH, m, FIRST) * db + take(k_LH, m, FIRST) * dk
+                dg_LH += product(pairs.spans(m), fill(rows, m, SECOND) + fill(columns, m, FIRST), "nn")
             sums = near if m < _ROWS else far
             for i, (d, half) in enumerate(((dq, SECOND), (dup, SECOND), (db, FIRST), (dk, FIRST))):
                 sums[i] = add(sums[i], d, m, half)
-        for reach, (dq, dup, db, dk) in ((_ROWS, near), (CHUNK, far)):
+        if rule.exact:
+            rows_LH = q_LH * dq_border + up_LH * dup_border
+            dg_LH += product(pairs.later(CHUNK), rows_LH, "nn")
+        for reach, (dq, dup, db, dk) in () if rule.exact else ((_ROWS, near), (CHUNK, far)):
             rows_LH = q_LH * dq + up_LH * dup - b_LH * db - k_LH * dk
             dg_LH += product(pairs.later(reach), rows_LH, "nn")
         # 5. Together, with what tokens read of themselves and a of the token before it.

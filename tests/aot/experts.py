@@ -7,23 +7,18 @@ FLOPs are XLA's count, which takes a kernel to work on all rows that there is ro
 """
 
 import dataclasses
-import os
 import re
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from efficient_lm.ffns import MoEConfig
 from efficient_lm.ffns.routers import TopKConfig
 from efficient_lm.sharding import spec
+from efficient_lm.topologies import parse_target, prepare_compilers, target_mesh
 
 B, T, D, F, E, K = 64, 1024, 1024, 512, 16, 2
 AXES = {"data": 8, "expert": 8}
@@ -31,9 +26,7 @@ AXES = {"data": 8, "expert": 8}
 
 def compile_layer(cfg: MoEConfig) -> jax.stages.Compiled:
     """Returns the layer, forward and backward, compiled for the mesh."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
-    explicit = (AxisType.Explicit,) * len(AXES)
-    mesh = Mesh(np.array(topology.devices).reshape(tuple(AXES.values())), tuple(AXES), axis_types=explicit)
+    mesh = target_mesh(parse_target("v5p:4x4x4"), AXES)
 
     def step(ffn, x, dy):
         y, pull = jax.vjp(lambda ffn, x: ffn(x)[0], ffn, x)
@@ -57,6 +50,7 @@ def collectives(text: str) -> dict[str, list[str]]:
 
 def main() -> int:
     """Returns how many promises do not hold."""
+    prepare_compilers()
     failed, ideal = 0, 3 * 3 * 2 * (B * T // 64) * K * D * F
     by_sorting = MoEConfig(router=TopKConfig(top_k=K), num_experts=E, d_ff=F)
     by_slots = dataclasses.replace(by_sorting, router=TopKConfig(top_k=K, capacity_factor=1.25))

@@ -6,27 +6,20 @@ without a mesh, with float32 operands and heads of 64; and in `per_shard` for a 
 """
 
 import contextlib
-import os
-import pathlib
 import sys
 import time
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # For several of these at a time: nothing here touches a TPU.
-
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from benchmarks.ops import CASES, Case, backward, letters
-from efficient_lm.sharding import per_shard, spec
+from efficient_lm.sharding import make_mesh, per_shard, spec
+from efficient_lm.topologies import parse_target, prepare_compilers
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-H100 = pathlib.Path(__file__).parent / "h100.txtpb"
 
 # A length that is no multiple of anything; two value heads read one key head.
 SMALL = {"B": 1, "T": 300, "S": 300, "N": 2, "K": 1, "H": 64, "P": 64, "F": 192, "W": 4, "U": 3, "D": 128, "V": 1024}
@@ -35,15 +28,9 @@ LARGE = SMALL | {"B": 2, "N": 4, "K": 2, "H": 128, "P": 128, "F": 512}
 
 def get_mesh(chip: str) -> Mesh:
     """Returns a mesh of four devices that need not be here."""
-    if chip in TPUS:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip])
-    elif chip == "h100":
-        config = {"target_config": H100.read_text(), "topology": "1x1x4"}
-        topology = topologies.get_topology_desc(platform="cuda", topology_name=chip, **config)
-    else:
+    if chip not in TPUS and chip != "h100":
         sys.exit(f"{chip} is not one of {', '.join(TPUS)}, h100")
-    explicit = (AxisType.Explicit, AxisType.Explicit)
-    return Mesh(np.array(topology.devices[:4]).reshape(2, 2), ("data", "model"), axis_types=explicit)
+    return make_mesh({"data": 2, "model": 2}, parse_target(TPUS.get(chip, "h100:4")).devices()[:4])
 
 
 def compile_case(case: Case, sizes: Mapping[str, int], device: Any, mesh: Mesh | None, expect_kernels: bool) -> None:
@@ -76,6 +63,7 @@ def compile_case(case: Case, sizes: Mapping[str, int], device: Any, mesh: Mesh |
 
 def main(chip: str) -> int:
     """Returns how many cases failed."""
+    prepare_compilers()
     num_failed, whole_mesh = 0, get_mesh(chip)
     for name, case in CASES.items():
         expect_kernels = case.tpu_kernel and chip in TPUS

@@ -5,19 +5,15 @@ tokens.
 """
 
 import math
-import os
 import re
 import sys
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
 import jax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.ops import CASES, DECODING, SIZES, Case, backward
+from efficient_lm.topologies import parse_target, prepare_compilers
 
 ONE_HEAD = {**SIZES, "N": 1, "K": 1, "F": 128}
 
@@ -40,7 +36,8 @@ def compile_case(case: Case, num_tokens: int, device: Any) -> tuple[int, int]:
 
 def main(short: int, long: int) -> int:
     """Returns how many cases failed."""
-    device, num_failed = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0], 0
+    prepare_compilers()
+    device, num_failed = parse_target("v5e:2x2").devices()[0], 0
     for name, case in CASES.items():
         if "state" not in case.args or name in DECODING:
             continue

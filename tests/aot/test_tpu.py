@@ -23,10 +23,10 @@ def test_compiles(chip):
 
 
 @pytest.mark.slow
-def test_memory_is_linear():
-    run("tests.aot.memory", "1024", "8192")
+def test_experts_on_a_pod():
+    run("tests.aot.experts")
 
 
 @pytest.mark.slow
-def test_experts_on_a_pod():
-    run("tests.aot.experts")
+def test_plan():
+    run("tests.aot.plan")

@@ -40,6 +40,8 @@ from efficient_lm.mixers import (
     MixerConfig,
     MLAConfig,
     MLSTMConfig,
+    MoBAConfig,
+    NativeSparseAttentionConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -347,6 +349,33 @@ def forgetting_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Ar
     }
 
 
+def moba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    names = {"block_size": "block_size", "num_blocks": "top_k"}
+    return MoBAConfig(**_in_blocks(settings, names)), _grouped_projections(settings, p)
+
+
+def native_sparse_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    names = {"block_size": "block_size", "num_blocks": "block_counts", "window_size": "window_size"}
+    gate_DNR = p["g_proj.weight"].T.reshape(-1, settings["num_heads"], 3)
+    parameters = _grouped_projections(settings, p) | {"gate_proj.kernel": gate_DNR}
+    return NativeSparseAttentionConfig(**_in_blocks(settings, names)), parameters
+
+
+def _in_blocks(settings: Settings, names: dict[str, str]) -> dict[str, Any]:
+    names = names | {name: name for name in ("num_heads", "num_kv_heads", "head_dim")}
+    return {name: settings[theirs] for name, theirs in names.items()} | {
+        "rotary": RotaryConfig(theta=settings["rope_theta"])
+    }
+
+
+def _grouped_projections(settings: Settings, p: Arrays) -> Arrays:
+    N, K = settings["num_heads"], settings["num_kv_heads"]
+    heads = {"q": N, "k": K, "v": K}
+    return {f"{name}_proj.kernel": heads_in(p[f"{name}_proj.weight"], n) for name, n in heads.items()} | {
+        "o_proj.kernel": heads_out(p["o_proj.weight"], N)
+    }
+
+
 def deepseek(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     N, H, P = settings["num_attention_heads"], settings["qk_nope_head_dim"], settings["v_head_dim"]
     R, shared = settings["kv_lora_rank"], settings["qk_rope_head_dim"]
@@ -447,7 +476,7 @@ def mamba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
         "dt_bias": p["dt_proj.bias"],
         "A_log": p["A_log"],
         "skip": p["D"],
-        "out_proj.kernel": p["out_proj.weight"].T,
+        "o_proj.kernel": p["out_proj.weight"].T,
     }
 
 
@@ -680,6 +709,8 @@ CACHED = {
     "layer_gpt_oss_attention": gpt_oss_attention,
     "layer_diffllama_attention": diffllama_attention,
     "layer_forgetting_attention": forgetting_attention,
+    "layer_moba": moba,
+    "layer_native_sparse_attention": native_sparse_attention,
     "layer_deepseek_v2": deepseek,
     "layer_deepseek_v3": deepseek,
     "layer_grouped_tied_attention": grouped_tied_attention,

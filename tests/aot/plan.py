@@ -1,0 +1,65 @@
+"""Plans a small transformer for four chips that are not here, and checks what is said: `python -m tests.aot.plan`.
+
+What the program sends is pinned: a collective that nobody meant to add shows here.
+"""
+
+import dataclasses
+import sys
+
+from efficient_lm.config import TrainConfig
+from efficient_lm.ffns import MLPConfig
+from efficient_lm.mixers import AttentionConfig
+from efficient_lm.model import BlockConfig, ModelConfig
+from efficient_lm.optimizer import AdamWConfig
+from efficient_lm.plan import make_plan
+from efficient_lm.topologies import parse_target, prepare_compilers
+
+V, D, F, H, LAYERS = 1024, 256, 512, 128, 3
+FFN = MLPConfig(d_ff=F)
+CFG = TrainConfig(
+    model=ModelConfig(
+        vocab_size=V,
+        d_model=D,
+        blocks={"A": BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=H), ffn=FFN)},
+        pattern="A",
+        num_periods=LAYERS,
+    ),
+    optimizer=AdamWConfig(learning_rate=1e-3),
+    batch_size=4,
+    seq_len=256,
+    num_steps=1000,
+)
+
+
+def main() -> int:
+    """Returns how many promises do not hold."""
+    prepare_compilers()
+    target, axes = parse_target("v5e:2x2"), {"data": 2, "model": 2}
+    plan = make_plan(CFG, target, axes)
+    sent = {(c.kind, c.axes): c.count for c in plan.collectives}
+    for collective in plan.collectives:
+        print(collective)
+    parameters = 4 * ((V * D + LAYERS * (4 * D * 2 * H + 3 * D * F)) // 4 + D + LAYERS * 2 * D)
+    # A row of so many tokens: the residuals of one layer alone are more than a chip has.
+    large = make_plan(dataclasses.replace(CFG, batch_size=2**14, seq_len=2**13), target, axes)
+    print(f"{large.peak_bytes / 2**30:.1f} GiB of {large.chip_bytes / 2**30:.2f}")
+    failed = 0
+    for promise, holds in (
+        ("parameters are what arithmetic says", plan.memory["parameters"] == parameters),
+        ("moments and two counters", plan.memory["optimizer state"] == 2 * parameters + 8),
+        ("a small batch fits", plan.fits),
+        ("a large one does not", not large.fits),
+        # Seven matrices of a layer, forward and backward, and the embedding.
+        ("weights are gathered along data", sent.get(("all-gather", ("data",)), 0) == 2 * 7 * LAYERS + 1),
+        # Gradients of a layer come as one; the embedding's is left.
+        ("gradients are scattered along data", sent.get(("reduce-scatter", ("data",)), 0) == LAYERS),
+        # After attention and the MLP, forward and again; before them, backward; and the embedding's rows.
+        ("activations are added along model", sent.get(("all-reduce", ("model",)), 0) == 5 * LAYERS + 1),
+    ):
+        failed += not holds
+        print(f"{promise}: {'yes' if holds else 'NO'}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)

@@ -1,0 +1,165 @@
+"""What a plan reads from compiled programs, and what it refuses before it compiles; tests/aot/plan.py compiles."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from efficient_lm.config import TrainConfig
+from efficient_lm.ffns import MLPConfig
+from efficient_lm.hlo import Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
+from efficient_lm.mixers import AttentionConfig
+from efficient_lm.model import BlockConfig, ModelConfig
+from efficient_lm.optimizer import AdamWConfig
+from efficient_lm.plan import Plan, device_bytes, memory_of_failure
+from efficient_lm.plan_report import plot_memory, print_plan
+from efficient_lm.sharding import make_mesh, mesh_sizes
+from efficient_lm.topologies import CHIPS, parse_mesh, parse_target
+from efficient_lm.training import abstract_state
+
+TINY = TrainConfig(
+    model=ModelConfig(
+        vocab_size=64,
+        d_model=16,
+        blocks={"A": BlockConfig(mixer=AttentionConfig(num_heads=2, head_dim=8), ffn=MLPConfig(d_ff=32))},
+        pattern="A",
+        num_periods=3,
+    ),
+    optimizer=AdamWConfig(learning_rate=1e-3),
+    batch_size=8,
+    seq_len=4,
+    num_steps=1000,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups", "axes"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("model",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]], ("data",)),
+        ("replica_groups=[1,8]<=[8]", [list(range(8))], ("data", "model")),
+        ("replica_groups={}", [list(range(8))], ("data", "model")),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("model",)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]], ("model",)),
+        ("source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]], ("data",)),
+        ("source_target_pairs={{0,0},{1,1}}", [[0, 0], [1, 1]], ()),
+    ],
+)
+def test_groups_of_devices(text, groups, axes):
+    assert replica_groups(text + ", use_global_device_ids=true", 8) == groups
+    assert crossed_axes(groups, {"data": 2, "model": 4}) == axes
+
+
+def test_what_a_program_sends():
+    """Collectives in a loop count as often as it runs, and say which axis they cross."""
+    mesh = make_mesh({"data": 2, "model": 4})
+
+    def body(x):
+        def step(x, _):
+            return jnp.tanh(jax.lax.psum(x, "model")), None
+
+        x, _ = jax.lax.scan(step, x, length=5)
+        return jax.lax.all_gather(x, "data"), jax.lax.ppermute(x, "model", [(i, (i + 1) % 4) for i in range(4)])
+
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec("data", "model")
+        run = jax.shard_map(body, in_specs=spec, out_specs=(PartitionSpec(None, None, "model"), spec), check_vma=False)
+        x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
+        program = Program(jax.jit(run).lower(x).compile().as_text() or "")
+    part = 32.0 * 128 * 4  # Bytes of x on one device.
+    assert collectives(program, mesh.shape) == [
+        Collective("all-reduce", ("model",), 5, 5 * 2 * 3 / 4 * part),
+        Collective("collective-permute", ("model",), 1, part),
+        Collective("all-gather", ("data",), 1, part),
+    ]
+    assert not program.unknown_loops
+    # At least what the five sums and the results take, written and read.
+    assert 2 * (5 + 1 + 2) * part <= memory_traffic(program) <= 4 * (5 + 1 + 2) * part
+
+
+def test_parameters_and_optimizer_by_arithmetic(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # States of shapes are not what annotations say.
+    mesh = make_mesh({"data": 4, "model": 2})
+    state, batch = abstract_state(TINY, TINY.optimizer.build(1000)[0], mesh)
+    D, F, V, NH, layers = 16, 32, 64, 16, 3
+    matrices = V * D + layers * (4 * D * NH + 3 * D * F)
+    vectors = D + layers * 2 * D  # Norms lie whole on every device.
+    assert device_bytes(state.model) == 4 * (matrices // 8 + vectors)
+    # Two moments of AdamW, its counter and the schedule's.
+    assert device_bytes(state.opt_state) == 2 * device_bytes(state.model) + 2 * 4
+    assert device_bytes(batch) == 3 * 8 * 4 * 4 // 4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parse_target("v4:2x2x1"), "no chip 'v4'; those known are v5e, v5p, v6e, tpu7x, h100"),
+        (lambda: parse_target("v5e:16"), "say how many chips there are as --on v5e:4x4"),
+        (lambda: parse_target("h100:12"), "take a multiple"),
+        (lambda: parse_mesh("data:8"), "write AXIS=SIZE"),
+        (lambda: mesh_sizes({"date": 8}, 8), "mesh axis 'date' is unknown; the axes are"),
+        (lambda: mesh_sizes({"data": 4}, parse_target("v5e:4x4").num_devices), "does not use 16 devices"),
+        (lambda: _state(model=4), r"2 heads \(N of DNH\) cannot be divided among model=4 devices"),
+        (lambda: _state(batch_size=6, data=4, model=2), r"batch_size=6 / grad_accumulation=1: 6 rows .* data=4"),
+    ],
+)
+def test_refuses_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def _state(*, batch_size=8, data=2, model=4):
+    cfg = dataclasses.replace(TINY, batch_size=batch_size)
+    return abstract_state(cfg, cfg.optimizer.build(1000)[0], make_mesh({"data": data, "model": model}))
+
+
+def test_devices_of_targets():
+    assert parse_target("v5e:16x16").num_devices == 256
+    assert parse_target("tpu7x:2x2x1").num_devices == 8  # Two devices to a chip.
+    assert parse_target("h100:8").num_devices == 8
+    assert parse_mesh("data=64,model=-1") == {"data": 64, "model": -1}
+
+
+def test_reads_how_much_is_missing():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity"
+    assert memory_of_failure(said, 2**30) == (int(19.5 * 2**30), int(15.75 * 2**30))
+    said = "the total memory required for HLO temporaries (420.5G) exceeds available HBM (15.75G)."
+    assert memory_of_failure(said, 2**30) == (int(420.5 * 2**30), int(15.75 * 2**30))
+    with pytest.raises(ValueError, match="does not compile: UNIMPLEMENTED"):
+        memory_of_failure("UNIMPLEMENTED: this", 0)
+
+
+def test_floors(tmp_path):
+    """The slowest part bounds the speed; what is reported is consistent, and can be drawn and saved."""
+    plan = Plan(
+        on="v5e:2x2",
+        mesh={"data": 4},
+        batch_size=8,
+        seq_len=1000,
+        num_parameters=10,
+        memory={"parameters": 2**30, "activations, gradients": 2**31},
+        peak_bytes=3 * 2**30,
+        chip_bytes=CHIPS["v5e"].memory_bytes,
+        collectives=[Collective("all-gather", ("data",), 3, 2e9)],
+        useful_flops=3e14,
+        executed_flops=4e14,
+        traffic_bytes=1e9,
+        seconds={"computing": 0.5, "memory": 0.1, "network, data": 2.0},
+        peak_flops=8e14,
+        seconds_to_trace=1.0,
+        seconds_to_compile=2.0,
+        remarks=["something"],
+    )
+    assert (plan.fits, plan.bound, plan.tokens_per_second) == (True, "network, data", 4000.0)
+    assert math.isclose(plan.mfu, 3e14 / 2.0 / 8e14)
+    assert not dataclasses.replace(plan, peak_bytes=17 * 2**30).fits
+    print_plan(plan)
+    plot_memory(plan, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 1000
+    assert json.loads(json.dumps(plan.to_json()))["bound"] == "network, data"
