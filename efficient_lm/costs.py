@@ -36,7 +36,8 @@ class Costs:
     state_bytes: int = 0
     """Caches and recurrent states of the batch."""
     decoding_bytes: float = 0.0
-    """Read and written for each token that follows: parameters, which the batch shares, and states."""
+    """Read and written for each token that follows: parameters, which the batch shares, and states, whole even where
+    sparse attention reads a part of them."""
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(**{name: value + getattr(other, name) for name, value in vars(self).items()})

@@ -39,7 +39,7 @@ def upcycle(dense: Mapping[str, jax.Array], cfg: ModelConfig, key: jax.Array) ->
             leaves[path] = like
         elif source in dense:
             rest.pop(source, None)
-            leaves[path] = dense[path] if source == path else _copies(dense[source], like)
+            leaves[path] = dense[path] if source == path else _copies(dense[source], like.shape)
     # What is missing, and what found no place.
     check_same(describe(leaves | rest), describe(flatten(model)), what="the dense model's weights")
     routers = lambda key: {path: x for path, x in flatten(build(key)).items() if "/ffn/router/" in path}
@@ -48,8 +48,7 @@ def upcycle(dense: Mapping[str, jax.Array], cfg: ModelConfig, key: jax.Array) ->
 
 def _check(letter: str, ffn: MoEConfig) -> None:
     router = ffn.router
-    sums_to_one = isinstance(router, TopKConfig) and router.renormalize and router.scale == 1.0
-    if not sums_to_one or ffn.shared is not None:
+    if not isinstance(router, TopKConfig) or not router.renormalize or router.scale != 1.0 or ffn.shared is not None:
         raise ValueError(
             f"block {letter}: a token's experts must have weights that sum to one, and no network beside them: "
             "TopKConfig(renormalize=True, scale=1.0), shared=None"
@@ -58,7 +57,7 @@ def _check(letter: str, ffn: MoEConfig) -> None:
         raise ValueError(f"block {letter}: no token may be dropped: capacity_factor=None, room=None")
 
 
-def _copies(kernel: jax.Array, like: jax.Array) -> jax.Array:
+def _copies(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns one kernel of shape [... D F] for each expert, [... E D F]; left as it is where widths differ."""
-    fits = like.shape[-2:] == kernel.shape[-2:] and like.ndim == kernel.ndim + 1
-    return jnp.broadcast_to(kernel[..., None, :, :], like.shape) if fits else kernel
+    fits = kernel.shape == (*shape[:-3], *shape[-2:])
+    return jnp.broadcast_to(kernel[..., None, :, :], shape) if fits else kernel
