@@ -176,7 +176,7 @@ def cumulative_logs(g_BTN: jax.Array, segment_ids: jax.Array, tiles: Tiles, num_
 def gate_gradient(sums: jax.Array, segment_ids: jax.Array, tiles: Tiles, before: bool) -> jax.Array:
     """Returns the gradient of g `BTN` from the sums `[B, N / heads, 3, 8, T]` of `common/decays.py`.
 
-    They are rows, cols (less `whole` at a chunk's last token) and puts.
+    They are rows, with those of pairs, columns of pairs (less `whole` at a chunk's last token) and puts.
     """
     sums = sums[:, :, :, : tiles.heads].reshape(*sums.shape[:3], tiles.heads, -1, CHUNK)
     ones = np.ones((CHUNK, CHUNK), np.float32)
