@@ -12,10 +12,10 @@ import jax.numpy as jnp
 # The smallest step; of numbers below, none matters.
 _LEAST = 2.0**-100
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
-def accurate(
-    product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)
-) -> jax.Array:
+
+def accurate(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)) -> jax.Array:
     """Returns `product(x, y)`, which sums over one axis of x and one of y, `axes`; 512 numbers at most.
 
     The upper eight bits of x and y, counted from the largest number along the axis, are multiples of one number, and so
@@ -24,8 +24,31 @@ def accurate(
     """
     if x.dtype != jnp.float32:
         return product(x, y)
-    (x_upper, x_lower), (y_upper, y_lower) = (_split(x, axes[0]), _split(y, axes[1]))
-    return product(x_upper, y_upper) + (product(x_upper, y_lower) + product(x_lower, y))
+    upper, lower = _parts(product, x, y, axes)
+    return upper + lower
+
+
+def with_rest(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)) -> list[jax.Array]:
+    """Returns what `accurate` does, of float32, and what float32 does not hold of it."""
+    upper, lower = _parts(product, x, y, axes)
+    total = upper + lower
+    return [total, (upper - total) + lower]
+
+
+def rest_of_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns what float32 does not hold of x * y, entry by entry."""
+    (x_upper, x_lower), (y_upper, y_lower) = (_halves(a) for a in (x, y))
+    return ((x_upper * y_upper - x * y) + x_upper * y_lower + x_lower * y_upper) + x_lower * y_lower
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 12), jnp.float32)
+    return upper, x - upper
+
+
+def _parts(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    (x_upper, x_lower), (y_upper, y_lower) = (_split(a, axis) for a, axis in zip((x, y), axes, strict=True))
+    return product(x_upper, y_upper), product(x_upper, y_lower) + product(x_lower, y)
 
 
 def _split(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

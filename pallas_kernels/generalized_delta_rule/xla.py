@@ -16,6 +16,8 @@ With M = (I - AB)^-1, U = M X. Backward, dS and dS' being the gradients of S and
     dV = QK^T dO + AK^T dX + writes (K dS')
     dAK = dX V^T, dQB = dO U^T, dQK = dO V^T
 
+In float32 AB U and AK V, which are large and cancel where keys are alike, are made by `accurate` products.
+
 Residuals are the inputs, the state before each chunk of `CHUNK` tokens and the inverses M.
 """
 
