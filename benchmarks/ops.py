@@ -86,6 +86,10 @@ _HEADS = {"q": "bf16[BTKH]", "k": "bf16[BTKH]", "v": "bf16[BTNP]"}
 _STATE = {"state": "f32[BNHP]", "segment_ids": "s32[BT]"}
 _HEADS_OUT = "bf16[BTNP],f32[BNHP]"
 
+_SPARSE = {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "segment_ids": "s32[BS]"}
+# 16 of 512 blocks are chosen; 16 query heads to a key/value head.
+_LONG = {"T": 2**15, "S": 2**15, "N": 32, "K": 2, "J": 16}
+
 
 def _grouped_matmul(**args: Any) -> tuple[jax.Array]:
     return (kernels.grouped_matmul(**args),)
@@ -155,10 +159,10 @@ CASES = {
     ),
     "block_sparse_attention": Case(
         functools.partial(kernels.block_sparse_attention, block_size=64, query_block=64),
-        {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "block_ids": "s32[BUKJ]", "segment_ids": "s32[BS]"},
+        {**_SPARSE, "block_ids": "s32[BUKJ]"},
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=True,
-        sizes={"T": 2**15, "S": 2**15, "N": 32, "K": 2, "U": 2**9, "J": 16},
+        sizes={**_LONG, "U": 2**9},
     ),
     "grouped_matmul": Case(
         _grouped_matmul,
