@@ -37,6 +37,8 @@ class Case:
     """How often a kernel takes a branch that depends on data, at the sizes of the table."""
     trips: int | None = None
     """Of XLA's loops whose length depends on data, at the sizes of the table."""
+    kernel_trips: float | None = None
+    """The same of loops in kernels, on average."""
 
     def structs(self, arrays: str, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of `"bf16[BTKH],f32[BTN]"`."""
@@ -163,6 +165,16 @@ CASES = {
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=True,
         sizes={**_LONG, "U": 2**9},
+    ),
+    "block_sparse_attention_tokens": Case(
+        functools.partial(kernels.block_sparse_attention, block_size=64),
+        {**_SPARSE, "block_ids": "s32[BTKJ]"},
+        "bf16[BTNP],f32[BNT]",
+        tpu_kernel=True,
+        sizes=_LONG,
+        # Of 1024 queries, each with 16 blocks chosen at random from those before it, a block's are taken 32 at a time:
+        # 512 full batches for 512 blocks, and half a batch more for each of the blocks, on average half, before them.
+        kernel_trips=1.25,
     ),
     "grouped_matmul": Case(
         _grouped_matmul,

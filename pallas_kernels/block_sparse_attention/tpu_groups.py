@@ -13,18 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.selection import canonical
-from pallas_kernels.block_sparse_attention.tpu_layout import LANES, NEVER, Rows, key_blocks, places, widen, wrap
+from pallas_kernels.block_sparse_attention.tpu_layout import LANES, NEVER, Rows, key_blocks, places, store, widen, wrap
 
 _LOG2_E = math.log2(math.e)
 # Scores are taken in base 2. The softmax starts above what masked ones are, so that their exponentials are always 0.
 _MASKED, _START = -2e30, -1e30
 _MAX_ROWS = 1024
 _FORWARD_KEYS, _BACKWARD_KEYS = 512, 256
-# Ids that are fetched ahead lie in SMEM, of which there is 1 MB.
-_MAX_IDS = 2**16
-# Keys whose gradients stay in VMEM, and bytes that they may take.
-_MAX_GRADIENT_BYTES = 32 * 2**20
+# Of ids fetched ahead, which lie in SMEM, of which there is 1 MB.
+MAX_IDS = 2**17
 _VMEM = 64 * 2**20
 
 
@@ -34,8 +31,14 @@ def fills_rows(options, q, k):
     return _split(options, G) * G >= LANES
 
 
+def num_ids(options, q, k, block_ids):
+    """Returns how many ids are fetched ahead."""
+    (B, U, K, J), n = block_ids.shape, _blocks_of_step(options, block_ids.shape[3], _FORWARD_KEYS)
+    return B * U * (options.query_block // _split(options, q.shape[2] // K)) * K * (J + -J % n)
+
+
 def forward(options, q, k, v, block_ids, segment_ids):
-    """Returns `(o, lse)` and the same residuals as `xla.forward`."""
+    """Returns o and lse, `[B T N]`."""
     rows, ids = _groups(options, q, k, block_ids)
     steps = _Steps(options, ids, _FORWARD_KEYS, q)
     first, last, of_keys = places(options, rows, segment_ids)
@@ -60,8 +63,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
     )(steps.ids, rows.to_kernel(q), first, last, *steps.blocks(k, v, of_keys))
-    o, lse = rows.from_kernel(o), jnp.moveaxis(rows.undo_numbers(lse), 1, 2)
-    return (o, lse), (q, k, v, block_ids, segment_ids, o, lse)
+    return rows.from_kernel(o), rows.undo_numbers(lse)
 
 
 def _forward_kernel(scale, rows, steps, ids, q, first_1R, last_1R, *refs):
@@ -100,31 +102,7 @@ def _forward_kernel(scale, rows, steps, ids, q, first_1R, last_1R, *refs):
         lse_1R[...] = lse_RL.T[:1]
 
 
-def backward(options, residuals, cotangents):
-    """Returns the gradients of q, k and v."""
-    q, k, v, block_ids, segment_ids, o, lse = residuals
-    do, dlse = cotangents
-    # d score = p (dp - shift)
-    shift_BTN = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=3) - jnp.moveaxis(dlse, 1, 2)
-    lse_BTN = jnp.moveaxis(lse, 1, 2)
-    shift_BTN = jnp.where(lse_BTN == -jnp.inf, 0, shift_BTN)
-    lse_BTN = jnp.where(lse_BTN == -jnp.inf, 0, lse_BTN)
-    L, width = options.block_size, k.shape[3] + v.shape[3]
-    most = max(_MAX_GRADIENT_BYTES // (4 * width) // L, 1) * L
-    num_parts = pl.cdiv(k.shape[1], most)
-    dq, dk, dv = jnp.zeros(q.shape, jnp.float32), [], []
-    for part in range(num_parts):
-        at = slice(part * most, (part + 1) * most)
-        ids = canonical(block_ids - part * (most // L), pl.cdiv(k[:, at].shape[1], L))
-        args = q, k[:, at], v[:, at], ids, segment_ids, at, lse_BTN, do, shift_BTN
-        dq_part, dk_part, dv_part = _backward(options, jnp.float32 if num_parts > 1 else q.dtype, *args)
-        dq = dq_part if num_parts == 1 else dq + dq_part
-        dk.append(dk_part)
-        dv.append(dv_part)
-    return dq.astype(q.dtype), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
-
-
-def _backward(options, dq_dtype, q, k, v, block_ids, segment_ids, at, lse_BTN, do, shift_BTN):
+def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do, shift_BTN):
     """Takes the keys `at` their place in the row; returns the gradients of q, of k and of v by what is between them."""
     rows, ids = _groups(options, q, k, block_ids)
     steps = _Steps(options, ids, _BACKWARD_KEYS, q)
@@ -206,14 +184,7 @@ def _backward_kernel(scale, rows, steps, ids, q, do, lse_1R, shift_1R, first_1R,
 
         @pl.when(u == pl.num_programs(1) - 1)
         def _():
-            copies = [
-                pltpu.make_async_copy(of_keys, out.at[x], done.at[i])
-                for i, (of_keys, out) in enumerate([(dk_SH, dk), (dv_SP, dv)])
-            ]
-            for copy in copies:
-                copy.start()
-            for copy in copies:
-                copy.wait()
+            store([(dk_SH, dk.at[x]), (dv_SP, dv.at[x])], done)
 
 
 class _Steps:
@@ -222,8 +193,7 @@ class _Steps:
     def __init__(self, options, block_ids: jax.Array, num_keys: int, q: jax.Array):
         B, U, K, J = block_ids.shape
         self.block_size = options.block_size
-        tile = LANES // math.gcd(self.block_size, LANES)  # Blocks that fill the lanes.
-        self._n = n = tile * max(1, min(num_keys // (self.block_size * tile), pl.cdiv(J, tile)))
+        self._n = n = _blocks_of_step(options, J, num_keys)
         self._U, self._J = U, J + -J % n
         ids_BUKJ = jnp.pad(block_ids, ((0, 0), (0, 0), (0, 0), (0, -J % n)), constant_values=-1)
         self.ids = jnp.moveaxis(ids_BUKJ, 2, 1).reshape(-1)
@@ -268,6 +238,11 @@ class _Steps:
 
     def _at(self, x, u, s):
         return (x * self._U + u) * self._J + s * self._n
+
+
+def _blocks_of_step(options, J, num_keys):
+    tile = LANES // math.gcd(options.block_size, LANES)  # Blocks that fill the lanes.
+    return tile * max(1, min(num_keys // (options.block_size * tile), pl.cdiv(J, tile)))
 
 
 def _numbers(R):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.selection import tokens
 
@@ -106,6 +107,11 @@ def places(options, rows: Rows, segment_ids: jax.Array) -> tuple[jax.Array, jax.
     return first, last, keys_BS[:, None]
 
 
+def lanes(width: int) -> int:
+    """Returns how many numbers of VMEM a row takes."""
+    return pl.cdiv(width, LANES) * LANES
+
+
 def widen(a_RL: jax.Array, width: int) -> jax.Array:
     """Returns `[R width]` of an array whose lanes are all the same."""
     return jnp.concatenate([a_RL] * pl.cdiv(width, LANES), axis=1)[:, :width]
@@ -117,3 +123,32 @@ def wrap(distance):
     That is a comparison without signs: what is before the first wraps around to the largest distances.
     """
     return distance ^ jnp.iinfo(jnp.int32).min
+
+
+def store(pairs, done) -> None:
+    """Copies, of each pair, the first to the second; `done` has a semaphore for each."""
+    copies = [pltpu.make_async_copy(*pair, done.at[i]) for i, pair in enumerate(pairs)]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+def by_head(fn, K: int, *arrays: jax.Array):
+    """Returns `fn(*arrays)`, called for one row and one key/value head at a time.
+
+    Arrays, and all that fn returns, are `[B . N ...]` or `[B . K ...]`; those of rank 2 are `[B S]`.
+    """
+    B = arrays[0].shape[0]
+
+    def apart(a):
+        if a.ndim == 2:
+            return jnp.repeat(a, K, axis=0)[:, None]
+        a_BKT = jnp.moveaxis(a.reshape(*a.shape[:2], K, -1, *a.shape[3:]), 2, 1)
+        return a_BKT.reshape(B * K, 1, *a_BKT.shape[2:])
+
+    def together(a):
+        a_BTK = jnp.moveaxis(a.reshape(B, K, *a.shape[2:]), 1, 2)
+        return a_BTK.reshape(*a_BTK.shape[:2], -1, *a_BTK.shape[4:])
+
+    return jax.tree.map(together, jax.lax.map(lambda arrays: fn(*arrays), tuple(map(apart, arrays))))

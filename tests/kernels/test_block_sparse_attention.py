@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention, block_sparse_attention
-from pallas_kernels.block_sparse_attention import tpu_groups, tpu_tokens, xla
+from pallas_kernels.block_sparse_attention import tpu, tpu_groups, tpu_tokens, xla
 
 # float32 sums of some hundred exponentials and products, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 1e-5
@@ -163,10 +163,17 @@ def test_bfloat16():
 def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
     monkeypatch.setattr(tpu_groups, "_FORWARD_KEYS", 128)
     monkeypatch.setattr(tpu_groups, "_BACKWARD_KEYS", 128)
-    for name, size in {"_QUERIES": 16, "_KEYS": 32, "_GATHERED": 64, "_TOGETHER": 2}.items():
+    for name, size in {
+        "_FORWARD_QUERIES": 16,
+        "_BACKWARD_QUERIES": 8,
+        "_KEYS": 32,
+        "_GATHERED": 64,
+        "_TOGETHER": 2,
+    }.items():
         monkeypatch.setattr(tpu_tokens, name, size)
-    if "S" in sizes:  # The gradients of two blocks at a time.
-        monkeypatch.setattr(tpu_groups, "_MAX_GRADIENT_BYTES", 32 * 4 * (24 + 6))
+    if "S" in sizes:  # One head at a time, and the gradients of two blocks.
+        monkeypatch.setattr(tpu_groups, "MAX_IDS", 100)
+        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 32 * 4 * (128 + 128))
     blocks = {name: options[name] for name in ("block_size", "query_block")}
     args = *make(**sizes, **blocks), make_segments(sizes.get("S", sizes["T"]))
     want = run(*args, impl="ref", **options)
