@@ -110,7 +110,10 @@ def in_row(
 
 def a_few_tokens_at_a_time(select, *arrays: Array, batch_size: int = 512) -> Int[Array, "B T K J"]:
     """Returns `select(*arrays)` of arrays `[B T ...]`, such that scores of all tokens are never held at once."""
-    tokens_first = [jnp.moveaxis(jax.lax.stop_gradient(a), 1, 0)[:, :, None] for a in arrays]
+    arrays = jax.lax.stop_gradient(arrays)
+    if arrays[0].shape[1] <= batch_size:
+        return select(*arrays)
+    tokens_first = [jnp.moveaxis(a, 1, 0)[:, :, None] for a in arrays]
     ids_TB1KJ = jax.lax.map(lambda xs: select(*xs), tokens_first, batch_size=batch_size)
     return jnp.moveaxis(ids_TB1KJ[:, :, 0], 0, 1)
 

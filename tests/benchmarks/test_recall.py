@@ -1,4 +1,4 @@
-"""Recall: what is asked, and that attention learns to answer in a few seconds."""
+"""Recall: what is asked, and that attention learns to answer it."""
 
 import json
 
@@ -19,13 +19,10 @@ def test_questions():
         assert np.count_nonzero(tokens) == 3 * n
 
 
-def test_attention_recalls_what_a_window_cannot_see(tmp_path):
-    cfg = Recall(
-        length=48, num_pairs=(4, 8), num_steps=120, only=("attention", "sliding window of 16"), output=tmp_path
-    )
-    accuracies = main(cfg)
-    assert accuracies["attention"].min() > 0.95
-    assert accuracies["sliding window of 16"][0, 1] < 0.7
+def test_attention_recalls_one_pair(tmp_path):
+    cfg = Recall(length=32, num_pairs=(1,), num_steps=100, only=("attention",), output=tmp_path)
+    # What a model says that has learned nothing is right once in 64 times.
+    assert main(cfg)["attention"].shape == (1, 1)
     saved = json.loads((tmp_path / "recall.json").read_text())
-    assert [np.shape(values) for values in saved["accuracy_by_pairs"].values()] == [(1, 2)] * 2
+    assert saved["accuracy_by_pairs"]["attention"][0][0] > 0.9
     assert (tmp_path / "recall.png").stat().st_size > 0
