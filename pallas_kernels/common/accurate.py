@@ -15,8 +15,13 @@ _LEAST = 2.0**-100
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def accurate(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)) -> jax.Array:
+def accurate(
+    product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1), y_sizes: jax.Array | None = None
+) -> jax.Array:
     """Returns `product(x, y)`, which sums over one axis of x and one of y, `axes`; 512 numbers at most.
+
+    y_sizes: about the largest number of y that comes into the same sums, in place of that along the axis: where it runs
+      over tokens, later ones would change the last bits of earlier ones.
 
     The upper eight bits of x and y, counted from the largest number along the axis, are multiples of one number, and so
     are their products and all sums of those: float32 holds them exactly, in whatever order they are added. What the
@@ -24,13 +29,13 @@ def accurate(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int]
     """
     if x.dtype != jnp.float32:
         return product(x, y)
-    upper, lower = _parts(product, x, y, axes)
+    upper, lower = _parts(product, x, y, axes, y_sizes)
     return upper + lower
 
 
 def with_rest(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)) -> list[jax.Array]:
     """Returns what `accurate` does, of float32, and what float32 does not hold of it."""
-    upper, lower = _parts(product, x, y, axes)
+    upper, lower = _parts(product, x, y, axes, None)
     total = upper + lower
     return [total, (upper - total) + lower]
 
@@ -46,13 +51,16 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return upper, x - upper
 
 
-def _parts(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    (x_upper, x_lower), (y_upper, y_lower) = (_split(a, axis) for a, axis in zip((x, y), axes, strict=True))
+def _parts(
+    product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int], y_sizes: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    largest = lambda x, axis: jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    x_upper, x_lower = _split(x, largest(x, axes[0]))
+    y_upper, y_lower = _split(y, largest(y, axes[1]) if y_sizes is None else y_sizes)
     return product(x_upper, y_upper), product(x_upper, y_lower) + product(x_lower, y)
 
 
-def _split(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+def _split(x: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
     step = jnp.maximum(power * 2.0**-6, _LEAST)
     # The reciprocal of a power of two, without a division, for which kernels would ask what chip they are for.

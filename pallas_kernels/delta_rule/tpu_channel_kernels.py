@@ -45,7 +45,9 @@ def _correct(system: list[jax.Array], inverse_LL: jax.Array) -> jax.Array:
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     product = functools.partial(dot, sides="nn", exact=True)
     a_LL, rest_LL = system
-    found_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - accurate(product, a_LL, inverse_LL, axes=(1, 0))
+    # No number of an inverse is much larger than 1.
+    found_LL = accurate(product, a_LL, inverse_LL, axes=(1, 0), y_sizes=jnp.ones_like(inverse_LL))
+    found_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - found_LL
     return inverse_LL + product(inverse_LL, found_LL - product(rest_LL, inverse_LL))
 
 

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import triangular
 from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
-from pallas_kernels.common.doubling import dot
+from pallas_kernels.common.doubling import dot, running_max
 from pallas_kernels.common.gates import CHUNK, Gates, column, widen
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
@@ -44,11 +44,11 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def accurate(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
         """Returns the product without the errors of sums of float32, if it is `exact`."""
         axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
         product = functools.partial(self.product, sides=sides)
-        return accurate(product, x, y, axes) if self.exact else product(x, y)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
 
     def keys(self, k: jax.Array) -> list[jax.Array]:
         """Returns k k^T and, if it is `exact`, what float32 does not hold of it."""
@@ -70,7 +70,8 @@ class Rule:
         d_LP = self.product(inverse_LL, x_LP)
         if self.exact:  # the inverse has errors of its own, which this corrects
             a_LL, rest_LL = system
-            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides) - self.product(rest_LL, d_LP, sides)
+            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides, running_max(jnp.abs(d_LP)))
+            found_LP -= self.product(rest_LL, d_LP, sides)
             d_LP += self.product(inverse_LL, found_LP)
         return d_LP
 
@@ -150,7 +151,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
             q_LH = rule.scale * q_LH
             q_HL, k_HL = q_LH.T, k_LH.T
             q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
-            qkT_LL, kk = rule.accurate(k, rounded(q_HL)), rule.keys(k)
+            qkT_LL, kk = rule.accurate(k, rounded(q_HL), "nn"), rule.keys(k)
             dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
             for n in heads:
                 v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))

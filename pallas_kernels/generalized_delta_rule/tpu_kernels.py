@@ -10,7 +10,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
 from pallas_kernels.common.accurate import accurate, with_rest
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
+from pallas_kernels.common.doubling import (
+    FIRST,
+    SECOND,
+    Pairs,
+    add,
+    beside,
+    dot,
+    fill,
+    halves,
+    join,
+    running_max,
+    stack,
+    take,
+)
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
 # Of a register.
@@ -27,20 +40,22 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def accurate(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
         """Returns the product without the errors of sums of float32, if it is `exact`."""
         axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
         product = functools.partial(self.product, sides=sides)
-        return accurate(product, x, y, axes) if self.exact else product(x, y)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
 
     def scores(self, x: jax.Array, y: jax.Array) -> list[jax.Array]:
         """Returns x y^T. If it is `exact`, that and what float32 does not hold of it."""
         product = functools.partial(self.product, sides="nt")
         return with_rest(product, x, y) if self.exact else [product(x, y)]
 
-    def read(self, scores: jax.Array, rest: jax.Array, written: jax.Array, sides: str) -> jax.Array:
+    def read(self, scores: jax.Array, rest: jax.Array, written: list[jax.Array], sides: str) -> jax.Array:
         """Returns what is read of b u and k v together: both are large and cancel, all but a hundredth."""
-        return self.accurate(scores, written, sides) + self.product(rest, written, sides)
+        sizes = running_max(functools.reduce(jnp.maximum, (jnp.abs(y_LP) for y_LP in written)))
+        sizes, written = stack(*[sizes] * len(written)), stack(*written)
+        return self.accurate(scores, written, sides, sizes) + self.product(rest, written, sides)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:
@@ -128,7 +143,7 @@ def forward(rule, blocks, flags_1L, *refs):
             reads = stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
             read_LP, held_LP = halves(product(reads, S_PH, "nt"))
             systems.append(-_down(ub_LL))
-            of_up = [beside(ub_LL, uk_LL), beside(*rest)] if rule.exact else None
+            of_up = [beside(ub_LL, uk_LL), beside(*rest)] if rule.exact else []
             puts = b_LH * decays.writes, k_LH * decays.writes
             sums = held_LP, held_LP + _down(up_v), read_LP + of_v
             waiting.append((n, v_LP, of_up, *sums, qb_LL, stack(*puts), decays.keep_1H))
@@ -137,7 +152,7 @@ def forward(rule, blocks, flags_1L, *refs):
     for inverse_LL, (n, v_LP, of_up, held_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
         S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
         if rule.exact:
-            read_LP = held_LP + _down(rule.read(*of_up, stack(u_LP, v_LP), "nn"))
+            read_LP = held_LP + _down(rule.read(*of_up, [u_LP, v_LP], "nn"))
             u_LP += product(inverse_LL, read_LP - u_LP, "nn")
         if kept:
             states_NPH, inverses_NLL = kept
@@ -175,17 +190,19 @@ def backward(rule, blocks, *refs):
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
         held_LP = product(a_LH * reads_a_LH, S_PH, "nt")
         u_LP = product(inverse_LL, held_LP + _down(product(ku_LL, v_LP, "tn")), "nn")
+        of_up = []
         if rule.exact:  # as in the forward pass
             bu_LL = pairs.gather(found[1], _row_sum(up_LH * b_LH), FIRST)
             bu_rest, ku_rest = (pairs.gather(found[i], None, FIRST) for i in (5, 7))
-            read_LP = held_LP + _down(rule.read(stack(bu_LL, ku_LL), stack(bu_rest, ku_rest), stack(u_LP, v_LP), "tn"))
+            read_LP = held_LP + _down(rule.read(stack(bu_LL, ku_LL), stack(bu_rest, ku_rest), [u_LP, v_LP], "tn"))
             u_LP += product(inverse_LL, read_LP - u_LP, "nn")
+            of_up = [bu_LL, bu_rest]
         # 2. The gradients of what is read and, through the triangular system, of what it is made of.
         from_b, from_k = halves(product(puts, dS_PH, "nt"))
         du_LP = product(bq_LL, do_LP, "nn") + from_b
         dx_LP = product(inverse_LL, du_LP, "tn")
         if rule.exact:
-            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.read(bu_LL, bu_rest, _up(dx_LP), "nn"), "tn")
+            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.read(*of_up, [_up(dx_LP)], "nn"), "tn")
         dup_LP = _up(dx_LP)
         dreads, written_LP = stack(do_LP, dup_LP), stack(u_LP, v_LP)
         dv_LP = from_k + product(beside(kq_LL, ku_LL), dreads, "nn")
