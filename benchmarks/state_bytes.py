@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from efficient_lm.mixers import (
     MLSTMConfig,
     MoBAConfig,
     NativeSparseAttentionConfig,
+    ParallelMixerConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -47,7 +49,7 @@ from efficient_lm.mixers import (
 )
 
 D_MODEL = 2048
-GROUPED = {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128}
+GROUPED: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128}
 MIXERS: dict[str, MixerConfig] = {
     "attention": AttentionConfig(num_heads=16, head_dim=128),
     "GQA": AttentionConfig(**GROUPED),
@@ -63,6 +65,9 @@ MIXERS: dict[str, MixerConfig] = {
     "differential": DifferentialAttentionConfig(num_heads=8, num_kv_heads=2, head_dim=128),
     "NSA": NativeSparseAttentionConfig(**GROUPED),
     "MoBA": MoBAConfig(**GROUPED, block_size=512, num_blocks=3),
+    "GQA beside Mamba-2": ParallelMixerConfig(
+        first=AttentionConfig(**GROUPED), second=Mamba2Config(num_heads=64, key_dim=128, value_dim=64)
+    ),
     "Mamba-2": Mamba2Config(num_heads=64, key_dim=128, value_dim=64),
     "Mamba": MambaConfig(d_inner=4096, dt_rank=128),
     "S4D": S4DConfig(state_size=64),
@@ -141,6 +146,7 @@ def plot(sizes: dict[str, list[int]]) -> Figure:
     left.set_xticks(CONTEXTS[::2], [_short(n, "", "k", "M") for n in CONTEXTS[::2]])
     powers = [2**n for n in range(12, 34, 3)]
     left.set_yticks(powers, [_short(n, "B", "kB", "MB", "GB") for n in powers])
+    left.set_xlim(CONTEXTS[0], CONTEXTS[-1])
     left.set(xlabel="tokens of context", title="Grow with the context")
 
     ordered = sorted(fixed.items(), key=lambda item: item[1])

@@ -66,9 +66,13 @@ class View(NamedTuple):
     def attend(self, q: Float[Array, "B T N H"], block_ids: Int[Array, "B T M J"]) -> Float[Array, "B T N P"]:
         """Returns attention to each query's own block and to those named, for M heads: those of the keys, or all."""
         (B, T, N, _), K, M = q.shape, self.k.shape[2], block_ids.shape[2]
+        own = self.near(q, self.own_ids)
+        if block_ids.shape[3] == 0:
+            return own[0]
+        if T == 1:
+            return merge(own, self._one(q, block_ids))
         k_BSKH, v_BSKP = (a.reshape(B, -1, *a.shape[3:]) for a in (self.block_k, self.block_v))
         op = lambda q, ids: kernels.block_sparse_attention(q, k_BSKH, v_BSKP, ids, block_size=self.blocks.size)
-        own = self.near(q, self.own_ids)
         if M == K:
             return merge(own, op(q, block_ids))
         # One head of each group after the other, so that keys are not copied for each.
@@ -77,13 +81,30 @@ class View(NamedTuple):
         o_BTNP = jnp.moveaxis(o_GBTKP, 0, 3).reshape(B, T, N, v_BSKP.shape[3])
         return merge(own, (o_BTNP, jnp.moveaxis(lse_GBKT, 0, 2).reshape(B, N, T)))
 
+    def _one(self, q, block_ids):
+        """Returns attention of one token to the blocks named, of which alone anything is read."""
+        (B, _, N, _), K, (_, _, M, J), L = q.shape, self.k.shape[2], block_ids.shape, self.blocks.size
+        head_M1, ids_BMJ = jnp.arange(M)[:, None] // (M // K), block_ids[:, 0]
+        chosen = jax.vmap(lambda a_CLKH, ids_MJ: a_CLKH[jnp.maximum(ids_MJ, 0), :, head_M1])
+        # Each list is a row of its own, with the heads that share it.
+        k_RS1H, v_RS1P = (chosen(a, ids_BMJ).reshape(B * M, J * L, 1, -1) for a in (self.block_k, self.block_v))
+        is_there_RS = jnp.repeat(ids_BMJ.reshape(B * M, J) >= 0, L, axis=1).astype(jnp.int32)
+        ids_R1 = jnp.ones((B * M, 1), jnp.int32)
+        q_R1GH = q.reshape(B * M, 1, N // M, q.shape[3])
+        o_R1GP, lse_RG1 = kernels.attention(
+            q_R1GH, k_RS1H, v_RS1P, causal=False, segment_ids=ids_R1, kv_segment_ids=is_there_RS
+        )
+        return o_R1GP.reshape(B, 1, N, -1), lse_RG1.reshape(B, N, 1)
+
     def near(
         self, q: Float[Array, "B T N H"], ids: Int[Array, "B S"], window_size: int | None = None
     ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]:
         """Returns attention to the tokens of the same id, and the log of its denominator."""
         first = ids.shape[1] - q.shape[1]
-        kv_ids = {"kv_segment_ids": ids} if first else {}
-        return kernels.attention(q, self.k, self.v, window_size=window_size, segment_ids=ids[:, first:], **kv_ids)
+        kv_ids = ids if first else None
+        return kernels.attention(
+            q, self.k, self.v, window_size=window_size, segment_ids=ids[:, first:], kv_segment_ids=kv_ids
+        )
 
 
 def attend_in_blocks(

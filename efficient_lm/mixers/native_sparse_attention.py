@@ -101,9 +101,15 @@ class NativeSparseAttention(Mixer):
         (k_BCKH, v_BCKH), cfg, blocks = view.summaries, self.cfg, view.blocks
         ids_BT, positions_BT = view.of_queries(q_BTNH.shape[1])
         # A summary is seen from its block's last token on.
-        places = {"positions": positions_BT, "kv_positions": (blocks.numbers + 1) * cfg.block_size - 1}
-        ids = {"segment_ids": ids_BT, "kv_segment_ids": blocks.documents}
-        compressed_BTNH, lse_BNT = kernels.attention(q_BTNH, k_BCKH, v_BCKH, **ids, **places)
+        compressed_BTNH, lse_BNT = kernels.attention(
+            q_BTNH,
+            k_BCKH,
+            v_BCKH,
+            segment_ids=ids_BT,
+            kv_segment_ids=blocks.documents,
+            positions=positions_BT,
+            kv_positions=(blocks.numbers + 1) * cfg.block_size - 1,
+        )
 
         def select(q_BTNH, lse_BTN, ids_BT, positions_BT):
             before_BTC = blocks.before(ids_BT, positions_BT)
@@ -115,5 +121,6 @@ class NativeSparseAttention(Mixer):
         lse_BTN = jnp.moveaxis(lse_BNT, 1, 2)
         block_ids = selectors.a_few_tokens_at_a_time(select, q_BTNH, lse_BTN, ids_BT, positions_BT)
         near_BTNH, _ = view.near(q_BTNH, view.segment_ids, cfg.window_size)
-        branches = compressed_BTNH, view.attend(q_BTNH, block_ids), near_BTNH
-        return sum(gates_BTNR[..., i, None] * o_BTNH for i, o_BTNH in enumerate(branches))
+        selected_BTNH = view.attend(q_BTNH, block_ids)
+        compressed, selected, near = (gate[..., None] for gate in jnp.unstack(gates_BTNR, axis=3))
+        return compressed * compressed_BTNH + selected * selected_BTNH + near * near_BTNH

@@ -12,7 +12,12 @@ from test_contract import TINY
 
 from efficient_lm.costs import block_costs, model_costs, state_bytes
 from efficient_lm.ffns import MLPConfig
-from efficient_lm.mixers import ForgettingAttentionConfig, GatedDeltaProductConfig, S4DConfig
+from efficient_lm.mixers import (
+    ForgettingAttentionConfig,
+    GatedDeltaProductConfig,
+    NativeSparseAttentionConfig,
+    S4DConfig,
+)
 from efficient_lm.model import BlockConfig, ModelConfig
 
 each_mixer = pytest.mark.parametrize("cfg", TINY, ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
@@ -55,6 +60,7 @@ def test_models_have_these_parameters(cfg):
 MORE = {
     ForgettingAttentionConfig: 4.0,  # All tokens of the cache have their decays summed up at each step.
     GatedDeltaProductConfig: 2.0,  # The steps of a token are taken as tokens of a chunk.
+    NativeSparseAttentionConfig: 1.6,  # Scores of blocks are made twice: to attend to these, and to choose.
     S4DConfig: 2.5,  # The filter is made from its parameters at each step.
 }
 
