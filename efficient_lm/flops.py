@@ -31,6 +31,7 @@ def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
     weights = active_weights(model)
     mixing = sum(block.mixer.flops_per_token(seq_len) for block in [*model.prefix, *model.tail])
     mixing += model.cfg.num_periods * sum(block.mixer.flops_per_token(seq_len) for block in model.periods)
+    mixing += sum(called.calls * called.attention.flops_per_token(seq_len) for called in model.called.values())
     return 3.0 * (2.0 * weights + mixing)
 
 
