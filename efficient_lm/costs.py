@@ -21,7 +21,7 @@ from efficient_lm.cli import load_config, one_line_errors
 from efficient_lm.config import TrainConfig
 from efficient_lm.console import console, count
 from efficient_lm.mixers import Mixer
-from efficient_lm.model import Block, BlockConfig, LanguageModel, ModelConfig
+from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class Costs:
     state_bytes: int = 0
     """Caches and recurrent states of the batch."""
     decoding_bytes: float = 0.0
-    """Read and written for each token that follows: parameters, which the batch shares, and states."""
+    """Read and written for each token that follows: parameters, which the batch shares, and states, whole even where
+    sparse attention reads a part of them."""
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(**{name: value + getattr(other, name) for name, value in vars(self).items()})
@@ -60,15 +61,16 @@ def block_costs(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> dict[
     itemsize = jnp.dtype(cfg.dtype).itemsize
 
     def of(letter: str) -> Costs:
-        block = jax.eval_shape(lambda: Block(cfg.blocks[letter], cfg.d_model, rngs=nnx.Rngs(0)))
-        mixing = block.mixer.flops_per_token(context)
-        mixing += 0.0 if block.ffn is None else block.ffn.flops_per_token(context)
+        block = jax.eval_shape(lambda: cfg.blocks[letter].build(cfg.d_model, rngs=nnx.Rngs(0)))
+        seen = max(round(block.share * context), 1)
+        mixing = block.mixer.flops_per_token(seen)
+        mixing += 0.0 if block.ffn is None else block.ffn.flops_per_token(seen)
         # Of a state, all is read and one token's part is written; what does not grow is one token's part.
         moved = state_bytes(block.mixer, cfg, context) + state_bytes(block.mixer, cfg, 1)
         return Costs(
             parameters=num_parameters(block),
-            active_parameters=_used_parameters(block),
-            training_flops=3.0 * (2.0 * _multiplied(block) + mixing),
+            active_parameters=block.share * _used_parameters(block),
+            training_flops=3.0 * block.share * (2.0 * _multiplied(block) + mixing),
             state_bytes=state_bytes(block.mixer, cfg, context, batch_size),
             decoding_bytes=itemsize * _used_parameters(block, batch_size) / batch_size + moved,
         )
@@ -132,7 +134,7 @@ def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
         right=("number", "parameters", "state", "per token"),
     )
     for letter in (letter for letter in cfg.blocks if letter in letters):
-        block = jax.eval_shape(lambda letter=letter: Block(cfg.blocks[letter], cfg.d_model, rngs=nnx.Rngs(0)))
+        block = jax.eval_shape(lambda letter=letter: cfg.blocks[letter].build(cfg.d_model, rngs=nnx.Rngs(0)))
         growth = state_bytes(block.mixer, cfg, 2) - state_bytes(block.mixer, cfg, 1)
         numbers = num_parameters(block), state_bytes(block.mixer, cfg, 0), growth
         table.add_row(letter, *_names(cfg.blocks[letter]), str(letters.count(letter)), *map(count, numbers))

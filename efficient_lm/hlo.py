@@ -71,7 +71,7 @@ class Program:
                     self.unknown_loops.add(name)
                 called = _CALLED.search(text)
                 if called is not None:
-                    yield from self._walk(called[1], times * (trips or 1), fused or opcode == "fusion")
+                    yield from self._walk(called[1], times * (trips or 1), fused or opcode in ("fusion", "async-start"))
 
     def written(self, instruction: Instruction) -> int:
         """Returns the bytes that an instruction writes to the device's memory; of an update in place, the update."""
@@ -99,7 +99,7 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]
-    """That the data crosses; empty: the groups are no axes of the mesh."""
+    """Of the mesh, that the data crosses."""
     count: int
     """In one run of the program."""
     bytes: float

@@ -38,6 +38,7 @@ class AttentionConfig(MixerConfig):
     """Root-mean-square norm of each query and key before the rotation."""
     output_gate: bool = False
     """Each output channel is multiplied by a sigmoid of the input."""
+    output_bias: bool = False
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Attention":
         if self.num_heads % (self.num_kv_heads or self.num_heads):
@@ -65,7 +66,7 @@ class Attention(HeadsMixer):
         self.k_norm = RMSNorm(H) if cfg.qk_norm else None
         self.sinks = nnx.Param(shard(jnp.zeros((N,), jnp.float32), "N")) if cfg.sink_logits else None
         self.gate_proj = Einsum("BTD,DNP->BTNP", D=D, N=N, P=P, rngs=rngs) if cfg.output_gate else None
-        self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=P, D=D, rngs=rngs)
+        self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=P, D=D, bias=cfg.output_bias, rngs=rngs)
 
     def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> Cache:
         """Returns a cache for `max_len` tokens, or for a window and its sinks if that is less."""

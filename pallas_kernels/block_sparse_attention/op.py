@@ -60,7 +60,7 @@ def block_sparse_attention(
         segment_ids = jnp.ones((B, S), jnp.int32)
     options = Options(block_size, query_block, window_size, H**-0.5 if scale is None else scale)
     args = q, k, v, canonical(block_ids, -(-S // block_size)), segment_ids
-    chosen = supported(op, impl, tpu.unsupported(options, *args[:4]))
+    chosen = supported(op, impl, tpu.unsupported(options, q, k, v, block_ids))
     if chosen == "ref" or T == 0:
         return ref.block_sparse_attention(options, *args)
     return _block_sparse_attention(chosen, options, *args)

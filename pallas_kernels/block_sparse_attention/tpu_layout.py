@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.selection import tokens
 
@@ -83,8 +84,8 @@ def key_blocks(a_BSKH: jax.Array, block_size: int) -> jax.Array:
     return jnp.moveaxis(a_BSKH, 2, 1).reshape(B * K, -1, H)
 
 
-def places(options, rows: Rows, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the first and the last place that each query sees, `[X U 1 R]`, and the places of keys, `[B 1 S]`.
+def query_range(options, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns, each `[B S]`, the first and the last place that a query there sees, and the place of a key there.
 
     Documents are in order, so what a query sees is a range of the places that real tokens have in the row.
     """
@@ -93,11 +94,61 @@ def places(options, rows: Rows, segment_ids: jax.Array) -> tuple[jax.Array, jax.
     first_BS = jax.lax.cummax(jnp.where(is_first_BS, places_BS, 0), axis=1)
     if options.window_size is not None:
         first_BS = jnp.maximum(first_BS, places_BS - options.window_size + 1)
+    real_or = lambda a_BS, other: jnp.where(ids_BS > 0, a_BS, other)
+    return real_or(first_BS, NOWHERE), real_or(places_BS, NOWHERE), real_or(places_BS, NEVER)
 
-    def of_queries(a_BS):
-        a_BT1 = jnp.where(ids_BS > 0, a_BS, NOWHERE)[:, -rows.T :, None]
-        return rows.numbers(jnp.broadcast_to(a_BT1, (rows.B, rows.T, rows.N)), NOWHERE)
 
-    keys_BS = jnp.where(ids_BS > 0, places_BS, NEVER)
-    keys_BS = jnp.pad(keys_BS, ((0, 0), (0, -ids_BS.shape[1] % options.block_size)), constant_values=NEVER)
-    return of_queries(first_BS), of_queries(places_BS), keys_BS[:, None]
+def places(options, rows: Rows, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the first and the last place that each query sees, `[X U 1 R]`, and the places of keys, `[B 1 S]`."""
+    *of_queries, keys_BS = query_range(options, segment_ids)
+    to_heads = lambda a_BS: jnp.broadcast_to(a_BS[:, -rows.T :, None], (rows.B, rows.T, rows.N))
+    first, last = (rows.numbers(to_heads(a_BS), NOWHERE) for a_BS in of_queries)
+    keys_BS = jnp.pad(keys_BS, ((0, 0), (0, -keys_BS.shape[1] % options.block_size)), constant_values=NEVER)
+    return first, last, keys_BS[:, None]
+
+
+def lanes(width: int) -> int:
+    """Returns how many numbers of VMEM a row takes."""
+    return pl.cdiv(width, LANES) * LANES
+
+
+def widen(a_RL: jax.Array, width: int) -> jax.Array:
+    """Returns `[R width]` of an array whose lanes are all the same."""
+    return jnp.concatenate([a_RL] * pl.cdiv(width, LANES), axis=1)[:, :width]
+
+
+def wrap(distance):
+    """Returns distances such that `wrap(place) - first <= wrap(span)` where `0 <= place - first <= span`.
+
+    That is a comparison without signs: what is before the first wraps around to the largest distances.
+    """
+    return distance ^ jnp.iinfo(jnp.int32).min
+
+
+def store(pairs, done) -> None:
+    """Copies, of each pair, the first to the second; `done` has a semaphore for each."""
+    copies = [pltpu.make_async_copy(*pair, done.at[i]) for i, pair in enumerate(pairs)]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+def by_head(fn, K: int, *arrays: jax.Array):
+    """Returns `fn(*arrays)`, called for one row and one key/value head at a time.
+
+    Arrays, and all that fn returns, are `[B . N ...]` or `[B . K ...]`; those of rank 2 are `[B S]`.
+    """
+    B = arrays[0].shape[0]
+
+    def apart(a):
+        if a.ndim == 2:
+            return jnp.repeat(a, K, axis=0)[:, None]
+        a_BKT = jnp.moveaxis(a.reshape(*a.shape[:2], K, -1, *a.shape[3:]), 2, 1)
+        return a_BKT.reshape(B * K, 1, *a_BKT.shape[2:])
+
+    def together(a):
+        a_BTK = jnp.moveaxis(a.reshape(B, K, *a.shape[2:]), 1, 2)
+        return a_BTK.reshape(*a_BTK.shape[:2], -1, *a_BTK.shape[4:])
+
+    return jax.tree.map(together, jax.lax.map(lambda arrays: fn(*arrays), tuple(map(apart, arrays))))

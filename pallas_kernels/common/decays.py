@@ -20,8 +20,8 @@ state after the chunk, `whole` that of keep. The decay of token t (i > t with `b
 
     dg[t] = sum_{j < t <= i} pairs[i, j] + sum_{i >= t} rows[i] + sum_{j < t} puts[j] + whole
 
-The first sum is that over all i >= t less that over all j >= t, each a sum over one index alone. But most pairs are in
-both, and where keys are alike what is left is a hundred times smaller: no difference is taken.
+The first sum is that of pairs over all i >= t, their rows, less that over all j >= t, their columns, and kernels whose
+operands are bfloat16 take it so. But most pairs are in both: float32 loses digits, and here no difference is taken.
 
 X is 1 or H. R counts the readers that share keys and decays: x is q, or q and k.
 """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate
+from pallas_kernels.common.accurate import accurate, with_rest
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
@@ -24,24 +24,31 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns q w^T and k w^T. Errors of the latter are those of what is written, ten times over for like keys."""
-        if self.exact:
-            return self.product(q, w, "nt"), accurate(functools.partial(self.product, sides="nt"), k, w)
-        of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
-        return of_q, of_k
+    def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns q w^T and k w^T. If it is `exact`, the latter and what float32 does not hold of it.
 
-    def inverses(self, systems: list[jax.Array]) -> list[jax.Array]:
-        """Returns `(I + A)^-1` of strictly lower A."""
-        found = triangular.inverses(systems, self.exact)
+        Errors of k w^T are those of what is written, ten times over where keys are alike.
+        """
+        if self.exact:
+            return self.product(q, w, "nt"), with_rest(functools.partial(self.product, sides="nt"), k, w)
+        of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
+        return of_q, [of_k]
+
+    def inverses(self, systems: list[list[jax.Array]]) -> list[jax.Array]:
+        """Returns `(I + A)^-1` of strictly lower A, or of sums of two."""
+        found = triangular.inverses([a_LL for a_LL, *_ in systems], self.exact)
         return [_correct(*pair) for pair in zip(systems, found, strict=True)] if self.exact else found
 
 
-def _correct(system_LL: jax.Array, inverse_LL: jax.Array) -> jax.Array:
+def _correct(system: list[jax.Array], inverse_LL: jax.Array) -> jax.Array:
     """Returns the inverse without most of its error, by a step of Newton's method."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    rest_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - dot(system_LL, inverse_LL, "nn", exact=True)
-    return inverse_LL + dot(inverse_LL, rest_LL, "nn", exact=True)
+    product = functools.partial(dot, sides="nn", exact=True)
+    a_LL, rest_LL = system
+    # No number of an inverse is much larger than 1.
+    found_LL = accurate(product, a_LL, inverse_LL, axes=(1, 0), y_sizes=jnp.ones_like(inverse_LL))
+    found_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - found_LL
+    return inverse_LL + product(inverse_LL, found_LL - product(rest_LL, inverse_LL))
 
 
 def _columns(flags_1L, rows_8L):
@@ -63,12 +70,14 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
             w_LH, decays, S_PH = beta_L8[:, n : n + 1] * k_LH, tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
             if kept:
                 kept[0][n] = S_PH.astype(kept[0].dtype)
-            qw, kw = {}, {}
+            qw, kw = {}, []
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 q, k = (take(x_LH, m, SECOND) * to for x_LH in (q_LH, k_LH))
-                qw[m], kw[m] = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
-            systems.append(pairs.gather(kw, None, SECOND))
+                qw[m], of_k = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
+                kw.append(of_k)
+            parts = (dict(zip(decays.levels, part, strict=True)) for part in zip(*kw, strict=True))
+            systems.append([pairs.gather(part, None, SECOND) for part in parts])
             scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
             read_LP, held_LP = halves(product(stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP

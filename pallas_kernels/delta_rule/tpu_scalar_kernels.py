@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate
-from pallas_kernels.common.doubling import dot
+from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
+from pallas_kernels.common.doubling import dot, running_max
 from pallas_kernels.common.gates import CHUNK, Gates, column, widen
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
@@ -44,17 +44,35 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def accurate(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
         """Returns the product without the errors of sums of float32, if it is `exact`."""
         axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
         product = functools.partial(self.product, sides=sides)
-        return accurate(product, x, y, axes) if self.exact else product(x, y)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
 
-    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, a_LL: jax.Array, sides: str = "nn") -> jax.Array:
-        """Returns d of (I + A) d = x; errors of A are those of d, ten times over where keys are alike."""
+    def keys(self, k: jax.Array) -> list[jax.Array]:
+        """Returns k k^T and, if it is `exact`, what float32 does not hold of it."""
+        product = functools.partial(self.product, sides="nt")
+        return with_rest(product, k, k) if self.exact else [product(k, k)]
+
+    def system(self, kk: list[jax.Array], factors_LL: jax.Array, apart_LL: jax.Array) -> list[jax.Array]:
+        """Returns k k^T times factors for pairs that are two tokens, 0 for others; what it does not hold as in `keys`.
+
+        The errors of a system are those of what it gives, ten times over where keys are alike.
+        """
+        parts = [kk_LL * factors_LL for kk_LL in kk]
+        if self.exact:
+            parts[1] += rest_of_product(kk[0], factors_LL)
+        return [jnp.where(apart_LL, part_LL, 0) for part_LL in parts]
+
+    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, system: list[jax.Array], sides: str = "nn") -> jax.Array:
+        """Returns d of (I + A) d = x."""
         d_LP = self.product(inverse_LL, x_LP)
         if self.exact:  # the inverse has errors of its own, which this corrects
-            d_LP += self.product(inverse_LL, x_LP - d_LP - self.accurate(a_LL, d_LP, sides))
+            a_LL, rest_LL = system
+            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides, running_max(jnp.abs(d_LP)))
+            found_LP -= self.product(rest_LL, d_LP, sides)
+            d_LP += self.product(inverse_LL, found_LP)
         return d_LP
 
     def rounded(self, x: jax.Array) -> jax.Array:
@@ -75,23 +93,23 @@ def forward(rule: Rule, blocks: Blocks, *refs):
     gates, product = Gates(logs, documents_1L[...]), rule.product
     limit_LL, apart_LL = gates.limit(readers_first=True)
     # 1. Scores, and what the state holds.
-    qk_LL, kk_LL, q_reads, k_reads, written, systems = {}, {}, {}, {}, {}, []
+    qk_LL, kk, q_reads, k_reads, written, systems = {}, {}, {}, {}, {}, []
     for key, heads in (pair for unit in blocks.units for pair in unit):
         q_LH, k_LH = blocks.keys.read(q_ref, key), gates.clear(blocks.keys.read(k_ref, key))
         k_HL, both = k_LH.T, rule.rounded(jnp.concatenate([q_LH, k_LH]))
         scores = product(both, k_HL)
-        of_keys_LL = rule.accurate(k_LH, k_LH, "nt") if rule.exact else scores[CHUNK:]
+        of_keys = rule.keys(k_LH) if rule.exact else [scores[CHUNK:]]
         for n in heads:
-            qk_LL[n], kk_LL[n], written[n] = scores[:CHUNK], of_keys_LL, k_HL
+            qk_LL[n], kk[n], written[n] = scores[:CHUNK], of_keys, k_HL
             reads = product(both, S_NHP[n])
             q_reads[n], k_reads[n] = reads[:CHUNK], reads[CHUNK:]
     # 2. The systems.
     for n in range(blocks.size):
         pairs_LL = gates.pairs_LL(n, limit_LL, readers_first=True) * beta_NL[n : n + 1]
-        systems.append(jnp.where(apart_LL, kk_LL[n] * pairs_LL, 0))
+        systems.append(rule.system(kk[n], pairs_LL, apart_LL))
         qk_LL[n] = rule.rounded(qk_LL[n] * pairs_LL)
     # 3. Their inverses.
-    inverses = [rule.rounded(x_LL) for x_LL in triangular.inverses(systems, rule.exact)]
+    inverses = [rule.rounded(x_LL) for x_LL in triangular.inverses([a_LL for a_LL, *_ in systems], rule.exact)]
     # 4. What tokens write, what they read, and the state after them.
     for unit in blocks.units:
         o = []
@@ -133,7 +151,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
             q_LH = rule.scale * q_LH
             q_HL, k_HL = q_LH.T, k_LH.T
             q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
-            qkT_LL, kk_LL = rule.accurate(k, rounded(q_HL)), rule.accurate(k, k, "nt")
+            qkT_LL, kk = rule.accurate(k, rounded(q_HL), "nn"), rule.keys(k)
             dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
             for n in heads:
                 v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -143,16 +161,16 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 reads_1L, keep_11 = gates.reads[n : n + 1], gates.keep[n : n + 1]
                 # 1. What the forward pass knew.
                 pairs_LL = gates.pairs_LL(n, limit_LL, readers_first=False)
-                a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk_LL * pairs_LL, 0)
+                a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk[0] * pairs_LL, 0)
                 x_LP = v_LP - gates.reads_LX(n, blocks.P) * product(k, S)
-                system_LL = c_LL * beta_LL
-                d_LP = rule.solve(inverse_LL, x_LP, system_LL, "tn")
+                system = rule.system(kk, pairs_LL * beta_LL, apart_LL)
+                d_LP = rule.solve(inverse_LL, x_LP, system, "tn")
                 d = rounded(d_LP)
                 # 2. Through what tokens write, and the system.
                 put_LP = gates.writes_LX(n, blocks.P) * product(k, dS)
                 z_LP = product(a_LL, do) + put_LP
                 dd_LP = widen(beta_LL, blocks.P) * z_LP
-                dx_LP = rule.solve(inverse_LL.T, dd_LP, system_LL)
+                dx_LP = rule.solve(inverse_LL.T, dd_LP, system)
                 dx = rounded(dx_LP)
                 dbeta_L1 = jnp.sum(d_LP * (z_LP - product(c_LL, dx)), axis=1, keepdims=True)
                 # 3. Within the chunk.

@@ -61,7 +61,9 @@ def _solve(system_XLL, inverse_XLL, x_XLP, is_exact):
     """Returns d of (I + system) d = x."""
     d_XLP = jnp.matmul(inverse_XLL, x_XLP)
     if is_exact:  # the inverse has errors of its own, which this corrects
-        d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - accurate(jnp.matmul, system_XLL, d_XLP, axes=(-1, -2)))
+        sizes_XLP = jax.lax.cummax(jnp.abs(d_XLP), axis=d_XLP.ndim - 2)
+        found_XLP = accurate(jnp.matmul, system_XLL, d_XLP, axes=(-1, -2), y_sizes=sizes_XLP)
+        d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - found_XLP)
     return d_XLP
 
 

@@ -16,6 +16,8 @@ With M = (I - AB)^-1, U = M X. Backward, dS and dS' being the gradients of S and
     dV = QK^T dO + AK^T dX + writes (K dS')
     dAK = dX V^T, dQB = dO U^T, dQK = dO V^T
 
+In float32 AB U and AK V, which are large and cancel where keys are alike, are made by `accurate` products.
+
 Residuals are the inputs, the state before each chunk of `CHUNK` tokens and the inverses M.
 """
 
@@ -70,7 +72,9 @@ class _Chunks:
         u_XLP = jnp.matmul(inverse_XLL, own_XLP + held_XLP)
         if self.is_exact:
             scores_XLS, written_XSP = jnp.concatenate([ab_XLL, ak_XLL], -1), jnp.concatenate([u_XLP, v_XLP], -2)
-            read_XLP = held_XLP + accurate(jnp.matmul, scores_XLS, written_XSP, axes=(-1, -2))
+            sizes_XLP = jax.lax.cummax(jnp.maximum(jnp.abs(u_XLP), jnp.abs(v_XLP)), axis=u_XLP.ndim - 2)
+            sizes_XSP = jnp.concatenate([sizes_XLP, sizes_XLP], -2)
+            read_XLP = held_XLP + accurate(jnp.matmul, scores_XLS, written_XSP, axes=(-1, -2), y_sizes=sizes_XSP)
             u_XLP += jnp.matmul(inverse_XLL, read_XLP - u_XLP)
         return u_XLP
 

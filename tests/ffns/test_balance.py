@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm import buffers
+from efficient_lm.checkpoint import CheckpointConfig, Checkpoints
 from efficient_lm.config import TrainConfig
 from efficient_lm.costs import model_costs
 from efficient_lm.data import Batch
@@ -90,6 +91,29 @@ def test_parts_and_devices_give_the_same_bias(mesh):
     else:
         got = train(config(grad_accumulation=4))[1]
     np.testing.assert_array_equal(got.periods[0].ffn.router.bias[...], want)
+
+
+def test_bias_goes_on_from_a_checkpoint(tmp_path):
+    cfg = config()
+    optimizer, _ = cfg.optimizer.build(cfg.num_steps)
+    step, init = make_train_step(cfg, cfg.objective.build(), optimizer), jax.jit(lambda: init_state(cfg, optimizer))
+    biases = lambda state: [
+        np.asarray(block.ffn.router.bias[...]) for block in (*state.model.prefix, *state.model.periods)
+    ]
+    state, then = init(), []
+    with Checkpoints(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
+        for i in range(4):
+            state, _ = step(state, batch())
+            then.append(biases(state))
+            if i == 1:
+                checkpoints.save(2, state)
+        _, state = checkpoints.restore(init())
+    assert all(np.any(bias) for bias in biases(state))
+    now = [biases(state)]
+    for _ in range(2):
+        state, _ = step(state, batch())
+        now.append(biases(state))
+    jax.tree.map(np.testing.assert_array_equal, now, then[1:])
 
 
 def test_weight_of_the_loss_follows_the_number_of_experts():

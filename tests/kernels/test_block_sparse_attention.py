@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention, block_sparse_attention
-from pallas_kernels.block_sparse_attention import tpu, xla
+from pallas_kernels.block_sparse_attention import tpu, tpu_groups, tpu_tokens, xla
 
 # float32 sums of some hundred exponentials and products, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 1e-5
@@ -151,19 +151,29 @@ def test_bfloat16():
 
 
 # Interpreted with races detected and fresh memory full of NaN. 16 heads are read in place, the others are brought
-# together, in groups filled up to 128 rows; a group's ids take several steps.
+# together, in groups filled up to 128 rows; a group's ids take several steps. The last case has blocks for each query.
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
         ({"T": 50, "N": 32, "J": 9}, {"block_size": 32, "query_block": 16, "window_size": 41, "scale": 0.5}),
         ({"T": 70, "S": 90, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 50}),
+        ({"T": 20, "S": 40, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 1, "window_size": 30}),
     ],
 )
 def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
-    monkeypatch.setattr(tpu, "_FORWARD_KEYS", 128)
-    monkeypatch.setattr(tpu, "_BACKWARD_KEYS", 128)
-    if "S" in sizes:  # The gradients of four blocks at a time.
-        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 64 * 4 * (24 + 6))
+    monkeypatch.setattr(tpu_groups, "_FORWARD_KEYS", 128)
+    monkeypatch.setattr(tpu_groups, "_BACKWARD_KEYS", 128)
+    for name, size in {
+        "_FORWARD_QUERIES": 16,
+        "_BACKWARD_QUERIES": 8,
+        "_KEYS": 32,
+        "_GATHERED": 64,
+        "_TOGETHER": 2,
+    }.items():
+        monkeypatch.setattr(tpu_tokens, name, size)
+    if "S" in sizes:  # One head at a time, and the gradients of two blocks.
+        monkeypatch.setattr(tpu_groups, "MAX_IDS", 100)
+        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 32 * 4 * (128 + 128))
     blocks = {name: options[name] for name in ("block_size", "query_block")}
     args = *make(**sizes, **blocks), make_segments(sizes.get("S", sizes["T"]))
     want = run(*args, impl="ref", **options)

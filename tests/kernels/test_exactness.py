@@ -16,9 +16,9 @@ from tests.kernels import exactness
     ],
 )
 def test_as_exact_as_the_definition(op, decay, gate, width, impls):
-    """Rows of 512 tokens: what cancels does so within a chunk, and after four of them the states no longer grow.
+    """On rows of 4096 tokens: on shorter ones the ratios for g swing by a third, and compiling takes most of the time.
 
-    The program has longer rows and all cases, and finds the same ratios there.
+    The program has all cases.
     """
-    for impl, found in exactness.ratios(op, decay, gate, 512, width, width, impls).items():
+    for impl, found in exactness.ratios(op, decay, gate, 4096, width, width, impls).items():
         assert {name: ratio for name, ratio in found.items() if not ratio <= 3} == {}, impl
