@@ -43,7 +43,8 @@ def native_sparse(
 
     `lse` are the logs of that softmax's denominators. The heads of a group share a choice: their shares are summed.
     """
-    lse_BTKG1 = lse.reshape(*q.shape[:2], keys.shape[2], -1, 1)
+    K = keys.shape[2]
+    lse_BTKG1 = lse.reshape(*q.shape[:2], K, q.shape[2] // K, 1)
     # Of blocks that a query does not see, the scores are without a bound; they take no part.
     scores_BTKGC = jnp.where(before[:, :, None, None], scale * _scores(q, keys) - lse_BTKG1, -jnp.inf)
     shares_BTKC = jnp.sum(jnp.exp(jnp.minimum(scores_BTKGC, 0)), axis=3)
