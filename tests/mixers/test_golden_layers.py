@@ -9,6 +9,7 @@ import json
 import operator
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
