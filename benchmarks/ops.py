@@ -37,6 +37,8 @@ class Case:
     """How often a kernel takes a branch that depends on data, at the sizes of the table."""
     trips: int | None = None
     """Of XLA's loops whose length depends on data, at the sizes of the table."""
+    kernel_trips: float | None = None
+    """The same of loops in kernels, on average."""
 
     def structs(self, arrays: str, sizes: Mapping[str, int]) -> list[jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of `"bf16[BTKH],f32[BTN]"`."""
@@ -85,6 +87,10 @@ def backward(forward: Callable[..., Any]) -> Callable[..., Any]:
 _HEADS = {"q": "bf16[BTKH]", "k": "bf16[BTKH]", "v": "bf16[BTNP]"}
 _STATE = {"state": "f32[BNHP]", "segment_ids": "s32[BT]"}
 _HEADS_OUT = "bf16[BTNP],f32[BNHP]"
+
+_SPARSE = {"q": "bf16[BTNH]", "k": "bf16[BSKH]", "v": "bf16[BSKP]", "segment_ids": "s32[BS]"}
+# 16 of 512 blocks are chosen; 16 query heads to a key/value head.
+_LONG = {"T": 2**15, "S": 2**15, "N": 32, "K": 2, "J": 16}
 
 
 def _grouped_matmul(**args: Any) -> tuple[jax.Array]:
@@ -152,6 +158,23 @@ CASES = {
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=False,
         trips=32 * 33,
+    ),
+    "block_sparse_attention": Case(
+        functools.partial(kernels.block_sparse_attention, block_size=64, query_block=64),
+        {**_SPARSE, "block_ids": "s32[BUKJ]"},
+        "bf16[BTNP],f32[BNT]",
+        tpu_kernel=True,
+        sizes={**_LONG, "U": 2**9},
+    ),
+    "block_sparse_attention_tokens": Case(
+        functools.partial(kernels.block_sparse_attention, block_size=64),
+        {**_SPARSE, "block_ids": "s32[BTKJ]"},
+        "bf16[BTNP],f32[BNT]",
+        tpu_kernel=True,
+        sizes=_LONG,
+        # Of 1024 queries, each with 16 blocks chosen at random from those before it, a block's are taken 32 at a time:
+        # 512 full batches for 512 blocks, and half a batch more for each of the blocks, on average half, before them.
+        kernel_trips=1.25,
     ),
     "grouped_matmul": Case(
         _grouped_matmul,

@@ -11,10 +11,6 @@ if __name__ == "__main__":
     keep_freed_memory()
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -27,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.cpu import cpu_name
+from benchmarks import tiny
 from efficient_lm.config import TrainConfig
 from efficient_lm.console import console
 from efficient_lm.data import Batch
@@ -35,7 +31,6 @@ from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import DeltaNetConfig, Mamba2Config, MixerConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig, CosineConfig
-from efficient_lm.training import init_state, make_train_step
 
 MIXERS = {
     # Without convolutions: they would find the parity of the last few bits first, and learning would stay there.
@@ -63,7 +58,7 @@ class StateTracking:
 
 def main(cfg: StateTracking) -> dict[str, np.ndarray]:
     """Returns the accuracies by model: of each seed, at each length."""
-    load = os.getloadavg()[0]
+    circumstances = tiny.circumstances(cfg)
     accuracies, seconds = {}, {}
     with Progress(console=console) as progress:
         for name, mixer in MIXERS.items():
@@ -71,18 +66,9 @@ def main(cfg: StateTracking) -> dict[str, np.ndarray]:
             start = time.perf_counter()
             accuracies[name] = train(cfg, mixer, lambda task=task: progress.advance(task))
             seconds[name] = round(time.perf_counter() - start, 1)
-    results = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "load_before": load,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "settings": {name: value for name, value in vars(cfg).items() if name != "output"},
-        "seconds": seconds,
-        "accuracy_by_length": {name: np.round(values, 3).tolist() for name, values in accuracies.items()},
-    }
-    cfg.output.mkdir(parents=True, exist_ok=True)
+    by_length = {name: np.round(values, 3).tolist() for name, values in accuracies.items()}
     numbers, picture = cfg.output / "state_tracking.json", cfg.output / "state_tracking.png"
-    numbers.write_text(json.dumps(results) + "\n")
+    tiny.save(numbers, circumstances | {"seconds": seconds, "accuracy_by_length": by_length})
     plot(cfg, accuracies).savefig(picture, dpi=120)
 
     lengths = sorted({cfg.length // 4, cfg.length, cfg.longest})
@@ -114,18 +100,12 @@ def train(cfg: StateTracking, mixer: MixerConfig, advance: Callable[[], None]) -
         batch_size=cfg.batch_size,
         seq_len=cfg.length,
     )
-    optimizer, _ = run.optimizer.build(cfg.num_steps)
-    step = make_train_step(run, run.objective.build(), optimizer)
     predict = jax.jit(lambda model, tokens: jnp.argmax(model(tokens)[0], axis=-1))
+    draw = lambda rng: parity(rng, cfg.batch_size, cfg.length)
     accuracies = []
-    for seed in range(cfg.num_seeds):
-        rng = np.random.default_rng(seed)
-        state = init_state(dataclasses.replace(run, seed=seed), optimizer)
-        for _ in range(cfg.num_steps):
-            state, _ = step(state, parity(rng, cfg.batch_size, cfg.length))
-            advance()
+    for model, rng in tiny.trained(run, cfg.num_seeds, draw, advance):
         test = parity(rng, 512, cfg.longest)
-        accuracies.append(np.mean(predict(state.model, test.tokens) == test.targets, axis=0))
+        accuracies.append(np.mean(predict(model, test.tokens) == test.targets, axis=0))
     return np.stack(accuracies)
 
 

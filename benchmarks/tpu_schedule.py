@@ -135,7 +135,9 @@ def measure_run(run: Run, keep: pathlib.Path | None) -> dict[str, Any]:
     unit, num_units = case.unit(ops.SIZES)
     folder = keep / run.key.replace("/", "-").replace(" ", "").replace('"', "") if keep else None
     start = time.perf_counter()
-    measurement = measure(run.job, CHIPS[run.chip], case.branches_taken, case.trips, folder)
+    peer = peers.PEERS.get(run.by)
+    branches_taken = peer.branches_taken if peer and peer.branches_taken is not None else case.branches_taken
+    measurement = measure(run.job, CHIPS[run.chip], branches_taken, case.trips, case.kernel_trips, folder)
     per_unit = lambda cycles: round(cycles / num_units, 4)
     kernels = [
         {

@@ -16,19 +16,24 @@ from efficient_lm.sharding import einsum, per_shard, shard
 class Einsum(nnx.Module):
     """A weight and the contraction it takes part in: `Einsum("BTD,DNH->BTNH", D=512, N=8, H=64, rngs=rngs)`.
 
-    The kernel remembers its letters and which of them are summed over; the optimizer reads both.
+    The kernel remembers its letters and which of them are summed over; the optimizer reads both. A bias has one number
+    for each output of a token.
     """
 
-    def __init__(self, eqn: str, *, rngs: nnx.Rngs, **sizes: int):
+    def __init__(self, eqn: str, *, bias: bool = False, rngs: nnx.Rngs, **sizes: int):
         self.eqn = eqn
         dims, out = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
         contracted = "".join(d for d in dims if d not in out)
         scale = math.prod(sizes[d] for d in contracted) ** -0.5
         kernel = jax.random.normal(rngs.params(), [sizes[d] for d in dims], jnp.float32) * scale
         self.kernel = nnx.Param(shard(kernel, dims), dims=dims, contracted=contracted)
+        zeros = lambda: jnp.zeros([sizes[d] for d in out[2:]], jnp.float32)
+        # Like the outputs that it is added to: their D is not split, and their other letters are.
+        self.bias = nnx.Param(shard(zeros(), out[2:].replace("D", "d"))) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return einsum(self.eqn, x, self.kernel[...].astype(x.dtype))
+        y = einsum(self.eqn, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

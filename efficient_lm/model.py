@@ -14,6 +14,7 @@ from efficient_lm.layers import RMSNorm
 from efficient_lm.mixers import MixerConfig
 from efficient_lm.mixers.base import Shared, SharingMixer, State
 from efficient_lm.sharding import einsum, shard, spec
+from efficient_lm.transformer_call import TransformerCall, TransformerCallConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,28 @@ class BlockConfig:
     mixer: MixerConfig
     ffn: FFNConfig | None
     """None: the block is its mixer alone, as in Mamba."""
+    skip_scales: tuple[float, float] = (1.0, 1.0)
+    """What x is multiplied by before the mixer's output, and the ffn's, is added to it."""
+    call: TransformerCallConfig | None = None
+    """A transformer shared with other layers; what it returns is added to what the mixer reads."""
+    branch_scale: float = 1.0
+    """What the outputs of mixer and ffn are multiplied by."""
+    post_norm: bool = False
+    """The norms are of x itself, not only of what mixer and ffn read, as in MiniMax-01."""
+
+    def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Block":
+        return Block(self, d_model, rngs=rngs)
 
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
+    share: float = 1.0
+    """Part of the tokens that it works on."""
+
     def __init__(self, cfg: BlockConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.call: TransformerCall | None = None if cfg.call is None else cfg.call.build(d_model, rngs=rngs)
         self.mixer_norm, self.mixer = RMSNorm(d_model), cfg.mixer.build(d_model, rngs=rngs)
         self.ffn_norm = None if cfg.ffn is None else RMSNorm(d_model)
         self.ffn = None if cfg.ffn is None else cfg.ffn.build(d_model, rngs=rngs)
@@ -35,15 +52,27 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], state: State, shared: Shared, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], State, Shared, Aux]:
         """Returns x, the state, what the blocks after this shall see of those before, and what the ffn reports."""
+        read_BTD, called = x, None
+        if self.call is not None and self.cfg.call is not None:
+            called, state = state or (None, None)
+            transformer = shared[self.cfg.call.name]
+            y_BTD, called = self.call(x, shared["embedding"], transformer, called, segment_ids=segment_ids)
+            read_BTD = x + y_BTD
+        normed_BTD = self.mixer_norm(read_BTD)
         if isinstance(self.mixer, SharingMixer):
-            y_BTD, state, shared = self.mixer.share(self.mixer_norm(x), state, shared, segment_ids=segment_ids)
+            y_BTD, state, shared = self.mixer.share(normed_BTD, state, shared, segment_ids=segment_ids)
         else:
-            y_BTD, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids)
-        x, aux = x + y_BTD, {}
+            y_BTD, state = self.mixer(normed_BTD, state, segment_ids=segment_ids)
+        x, aux = self._add(0, x, normed_BTD, y_BTD), {}
         if self.ffn is not None and self.ffn_norm is not None:
-            y_BTD, aux = self.ffn(self.ffn_norm(x), segment_ids=segment_ids)
-            x = x + y_BTD
-        return x, state, shared, aux
+            normed_BTD = self.ffn_norm(x)
+            y_BTD, aux = self.ffn(normed_BTD, segment_ids=segment_ids)
+            x = self._add(1, x, normed_BTD, y_BTD)
+        return x, state if called is None else (called, state), shared, aux
+
+    def _add(self, i: int, x_BTD: Array, normed_BTD: Array, y_BTD: Array) -> Float[Array, "B T D"]:
+        skip_BTD = normed_BTD if self.cfg.post_norm else x_BTD
+        return self.cfg.skip_scales[i] * skip_BTD + self.cfg.branch_scale * y_BTD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +90,11 @@ class ModelConfig:
     """Blocks after the periods."""
     tied_embeddings: bool = True
     """The head is the transposed embedding."""
+    embedding_scale: float = 1.0
+    """What the embeddings of tokens are multiplied by; the head stays as it is."""
+    logits_scale: float = 1.0
+    logits_soft_cap: float | None = None
+    """Logits are capped to soft_cap * tanh(logit / soft_cap), after they are scaled."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations; parameters are float32 always."""
     remat: Literal["nothing", "dots", "everything"] = "everything"
@@ -113,7 +147,7 @@ class LanguageModel(nnx.Module):
             keys = [jax.random.fold_in(layers_key, first + i) for i in range(len(letters.split()))]
             blocks = [cfg.blocks[letter] for letter in letters.split()]
             return nnx.List(
-                [Block(b, cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)]
+                [b.build(cfg.d_model, rngs=nnx.Rngs(params=key)) for b, key in zip(blocks, keys, strict=True)]
             )
 
         num_prefix, period = len(cfg.prefix.split()), len(cfg.pattern.split())
@@ -122,13 +156,31 @@ class LanguageModel(nnx.Module):
         firsts = num_prefix + period * jnp.arange(cfg.num_periods)
         self.periods = jax.vmap(lambda first: build(cfg.pattern, first))(firsts) if num_middle else nnx.List([])
         self.tail = build(cfg.tail, num_prefix + num_middle)
+        calls = [cfg.blocks[letter].call for letter in cfg.layers.split()]
+        names = sorted({call.name: call for call in calls if call is not None}.items())
+        self.called = nnx.Dict(
+            {
+                name: call.build_shared(
+                    cfg.d_model,
+                    calls=sum(other is not None and other.name == name for other in calls),
+                    rngs=nnx.Rngs(params=jax.random.fold_in(layers_key, len(calls) + i)),
+                )
+                for i, (name, call) in enumerate(names)
+            }
+        )
         self.norm = RMSNorm(cfg.d_model)
         draw_head = lambda: nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
         self.head = None if cfg.tied_embeddings else draw_head()
 
     def init_state(self, batch_size: int, max_len: int) -> ModelState:
         """Returns the state before the first token, for sequences of at most `max_len` tokens, padding included."""
-        init = lambda blocks: [block.mixer.init_state(batch_size, max_len, self.cfg.dtype) for block in blocks]
+        sizes = batch_size, max_len, self.cfg.dtype
+
+        def init_block(block: Block):
+            state, call = block.mixer.init_state(*sizes), block.cfg.call
+            return state if call is None else (self.called[call.name].attention.init_state(*sizes), state)
+
+        init = lambda blocks: [init_block(block) for block in blocks]
         stack = lambda x: jnp.broadcast_to(x, (self.cfg.num_periods, *x.shape))
         return ModelState(init(self.prefix), jax.tree.map(stack, init(self.periods)), init(self.tail))
 
@@ -145,6 +197,7 @@ class LanguageModel(nnx.Module):
             x_BTD = embedding_VD[tokens]
         else:
             x_BTD = embedding_VD.at[tokens].get(out_sharding=spec("BTD"))
+        x_BTD = self.cfg.embedding_scale * x_BTD
 
         def walk(x_BTD, shared, layers):
             blocks, states = layers
@@ -164,13 +217,14 @@ class LanguageModel(nnx.Module):
             x_BTD, _, out = walk(x_BTD, shared, layers)  # What a period's blocks leave, they leave for that period.
             return x_BTD, out
 
-        x_BTD, shared, (prefix, prefix_aux) = walk(x_BTD, {}, (self.prefix, state and state.prefix))
+        start = {"embedding": x_BTD, **self.called} if self.called else {}
+        x_BTD, shared, (prefix, prefix_aux) = walk(x_BTD, start, (self.prefix, state and state.prefix))
         periods, periods_aux = [], []
         if len(self.periods):
             x_BTD, (periods, periods_aux) = jax.lax.scan(walk_period, x_BTD, (self.periods, state and state.periods))
         x_BTD, _, (tail, tail_aux) = walk(x_BTD, shared, (self.tail, state and state.tail))
         new_state = state and ModelState(prefix or [], periods or [], tail or [])
-        return self.norm(x_BTD), new_state, _mean_aux([*prefix_aux, *periods_aux, *tail_aux])
+        return self.cfg.logits_scale * self.norm(x_BTD), new_state, _mean_aux([*prefix_aux, *periods_aux, *tail_aux])
 
     def head_DV(self) -> Float[Array, "D V"]:
         """Returns the matrix that gives logits, in the dtype of activations."""
@@ -190,7 +244,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the float32 logits for what `hidden` returned."""
-        return einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
+        logits_BTV = einsum("BTD,DV->BTV", x, self.head_DV()).astype(jnp.float32)
+        cap = self.cfg.logits_soft_cap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
 
 def _mean_aux(auxes: list[dict[str, Array]]) -> Aux:

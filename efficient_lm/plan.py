@@ -18,7 +18,7 @@ import tyro
 
 from efficient_lm.cli import load_config, one_line_errors
 from efficient_lm.config import TrainConfig
-from efficient_lm.flops import training_flops_per_token
+from efficient_lm.costs import model_costs
 from efficient_lm.hlo import Collective, Program, collectives, memory_traffic
 from efficient_lm.plan_report import plot_memory, print_plan
 from efficient_lm.sharding import mesh_sizes
@@ -124,7 +124,7 @@ def make_plan(cfg: TrainConfig, target: Target, axes: dict[str, int]) -> Plan:
 
 def _plan(cfg, target, mesh, state, memory, peak, chip_bytes, program, remarks, seconds_to_trace, seconds_to_compile):
     chip, devices = target.chip, target.num_devices
-    useful = training_flops_per_token(state.model, cfg.seq_len) * cfg.batch_size * cfg.seq_len
+    useful = model_costs(cfg.model, context=cfg.seq_len).training_flops * cfg.batch_size * cfg.seq_len
     executed = useful * (4 / 3 if cfg.model.remat == "everything" else 1)
     sent = [] if program is None else collectives(program, mesh.shape)
     traffic = 0.0 if program is None else memory_traffic(program)

@@ -13,10 +13,11 @@ import numpy as np
 from efficient_lm.checkpoint import Checkpoints
 from efficient_lm.config import TrainConfig, parse_profile
 from efficient_lm.config_data import config_to_dict
-from efficient_lm.console import TrainingProgress, console, count, model_table
+from efficient_lm.console import TrainingProgress, console, count
+from efficient_lm.costs import model_costs, model_table
 from efficient_lm.data import Batch, Data
+from efficient_lm.devices import peak_flops
 from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
-from efficient_lm.flops import peak_flops, training_flops_per_token
 from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
 from efficient_lm.run_folder import RunFolder, open_run
@@ -82,7 +83,7 @@ class Run:
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
         self.first_step, self.state = restored or (0, init())
         self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
-        self._flops_per_token = training_flops_per_token(self.state.model, cfg.seq_len)
+        self._flops_per_token = model_costs(cfg.model, context=cfg.seq_len).training_flops
         self._started, self._productive = time.perf_counter(), 0.0
 
     def __enter__(self) -> "Run":

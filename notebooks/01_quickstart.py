@@ -38,7 +38,8 @@ STEPS = 200
 import jax
 from flax import nnx
 
-from efficient_lm.console import console, model_table
+from efficient_lm.console import console
+from efficient_lm.costs import model_table
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig
 from efficient_lm.model import BlockConfig, ModelConfig

@@ -1,6 +1,7 @@
 """Kernels for efficient sequence models: arrays in, arrays out, one public function per op."""
 
 from pallas_kernels.attention.op import attention as attention
+from pallas_kernels.block_sparse_attention.op import block_sparse_attention as block_sparse_attention
 from pallas_kernels.delta_rule.op import delta_rule as delta_rule
 from pallas_kernels.diagonal_scan.op import diagonal_scan as diagonal_scan
 from pallas_kernels.generalized_delta_rule.op import generalized_delta_rule as generalized_delta_rule

@@ -23,7 +23,7 @@ class Loop:
     first: int
     last: int
     depth: int
-    trips: int | None
+    trips: float | None
     """None: not known before the program runs."""
 
 
@@ -131,7 +131,7 @@ def find_branches(bundles: list[Bundle], loop: Loop, grid: tuple[int, ...]) -> l
     return branches
 
 
-def _is_step(predicate: str, body: str, trips: int | None) -> bool:
+def _is_step(predicate: str, body: str, trips: float | None) -> bool:
     """Whether it tells the steps of the grid from the trips before and after: `1 <= trip < trips - 1`."""
     both = re.search(re.escape(predicate) + r" = pnand (%p\w+), (%p\w+)", body)
     if not both or not trips:

@@ -36,14 +36,20 @@ def cost(
     hbm_bytes: float,
     chip: Chip,
     branches_taken: float = 1.0,
+    trips_by_data: float | None = None,
 ) -> Cost:
     """Returns what one call costs, if it waits for memory at no time but when bandwidth is what it lacks.
 
     Args:
       slots: those that each bundle fills.
       branches_taken: how often a branch is taken that depends on data.
+      trips_by_data: how often, on average, a loop runs whose length depends on data.
     """
-    loops, steps = find_loops(bundles), math.prod(grid)
+    steps = math.prod(grid)
+    loops = [
+        dataclasses.replace(loop, trips=trips_by_data) if loop.trips is None and loop.depth > 1 else loop
+        for loop in find_loops(bundles)
+    ]
     body, cores, remarks = _grid_loop(loops, bundles, steps, chip)
     remarks += ["a loop has an unknown number of trips"] * any(loop.trips is None for loop in loops if loop != body)
 
@@ -124,7 +130,7 @@ def _unroll(body: Loop, loops: list[Loop]) -> list[int]:
                 yield i
                 i += 1
             else:
-                for _ in range(loop.trips or 1):
+                for _ in range(round(loop.trips or 1)):
                     yield from walk(loop.first, loop.last)
                 i = loop.last + 1
 

@@ -42,6 +42,7 @@ def measure(
     chip: Chip,
     branches_taken: float = 1.0,
     trips_by_data: int | None = None,
+    kernel_trips_by_data: float | None = None,
     keep: pathlib.Path | None = None,
 ) -> Measurement:
     """Compiles and reads; the dump stays in `keep` if given.
@@ -49,6 +50,7 @@ def measure(
     Args:
       branches_taken: how often a kernel takes a branch that depends on data.
       trips_by_data: how often an XLA loop runs whose length depends on data.
+      kernel_trips_by_data: the same of loops in kernels, on average.
 
     Raises:
       RuntimeError: it does not compile.
@@ -63,7 +65,7 @@ def measure(
         for call, kernel in match(hlo.kernel_calls(program), traced):
             bundles, (_, slots) = read_bundles(_read(folder, call, _BUNDLES)), read_slots(_read(folder, call, _SLOTS))
             hbm_bytes = kernel.hbm_bytes - (1 - branches_taken) * kernel.hbm_bytes_by_data
-            costs = cost(bundles, slots, kernel.grid, hbm_bytes, chip, branches_taken)
+            costs = cost(bundles, slots, kernel.grid, hbm_bytes, chip, branches_taken, kernel_trips_by_data)
             kernels.append(KernelCost(name=call, calls=kernel.calls, cost=costs))
             if kernel.copies_by_hand:
                 remarks.append(f"{call} copies by hand as well: its bandwidth floor is too low")

@@ -35,7 +35,7 @@ def build(name: str, backward: bool, impl: str | None) -> Program:
     return Program(function=run, args=(out, *args), packages=(peer.package,))
 
 
-def _splash():
+def _splash(T: int = T, N: int = N):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -89,6 +89,8 @@ class Peer:
     case: str
     """The op of ours that computes the same."""
     build: Callable[[], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
+    branches_taken: float | None = None
+    """How often its kernels take branches that depend on data, where that is not as in ours."""
 
     def python(self, environments: pathlib.Path | None) -> str | None:
         """Returns the interpreter that has the peer, or None if there is none."""
@@ -101,6 +103,8 @@ class Peer:
 PER_HEAD, PER_CHANNEL = (B, T, N), (B, T, N, H)
 PEERS = {
     "splash attention": Peer("jax", "attention", _splash),
+    # What all blocks would cost: of 32 x 32 blocks of 1024, those not above the diagonal.
+    "splash attention, dense": Peer("jax", "block_sparse_attention", lambda: _splash(2**15, 32), 33 / 64),
     "deltanet-tpu GLA": Peer(
         "deltanet-tpu", "linear_attention_channel", lambda: _deltanet_tpu("chunk_gla", PER_CHANNEL)
     ),

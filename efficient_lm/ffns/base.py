@@ -29,6 +29,11 @@ class FFN(nnx.Module):
     Padding (segment id 0) takes no part in what is counted or learned; what comes out there means nothing.
     """
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the floating-point operations per token forward, beside products with weights: most have none."""
+        del seq_len
+        return 0.0
+
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Aux]:

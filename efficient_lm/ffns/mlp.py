@@ -16,8 +16,10 @@ from efficient_lm.layers import Einsum
 class MLPConfig(FFNConfig):
     d_ff: int
     """Width of the hidden layer."""
-    activation: Literal["swiglu", "gelu", "squared_relu"] = "swiglu"
-    """swiglu multiplies two projections, one through SiLU; the others have one projection up."""
+    activation: Literal["swiglu", "geglu", "gelu", "squared_relu"] = "swiglu"
+    """swiglu and geglu multiply two projections, one through SiLU or GELU; the others have one projection up."""
+    bias: bool = False
+    """Of all projections."""
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "MLP":
         return MLP(self, d_model, rngs=rngs)
@@ -25,11 +27,11 @@ class MLPConfig(FFNConfig):
 
 class MLP(FFN):
     def __init__(self, cfg: MLPConfig, d_model: int, *, rngs: nnx.Rngs):
-        D, F = d_model, cfg.d_ff
         self.cfg = cfg
-        self.up_proj = Einsum("BTD,DF->BTF", D=D, F=F, rngs=rngs)
-        self.gate_proj = Einsum("BTD,DF->BTF", D=D, F=F, rngs=rngs) if cfg.activation == "swiglu" else None
-        self.down_proj = Einsum("BTF,FD->BTD", D=D, F=F, rngs=rngs)
+        sizes = {"D": d_model, "F": cfg.d_ff, "bias": cfg.bias, "rngs": rngs}
+        self.up_proj = Einsum("BTD,DF->BTF", **sizes)
+        self.gate_proj = Einsum("BTD,DF->BTF", **sizes) if cfg.activation in ("swiglu", "geglu") else None
+        self.down_proj = Einsum("BTF,FD->BTD", **sizes)
 
     @jax.named_scope("mlp")
     def __call__(
@@ -40,11 +42,11 @@ class MLP(FFN):
 
 
 def activate(
-    activation: Literal["swiglu", "gelu", "squared_relu"],
+    activation: Literal["swiglu", "geglu", "gelu", "squared_relu"],
     up: Float[Array, "*B F"],
     gate: Float[Array, "*B F"] | None,
 ) -> Float[Array, "*B F"]:
-    """Returns the hidden layer; only swiglu has a gate."""
+    """Returns the hidden layer; only swiglu and geglu have a gate."""
     if gate is not None:
-        return jax.nn.silu(gate) * up
+        return (jax.nn.silu if activation == "swiglu" else jax.nn.gelu)(gate) * up
     return jax.nn.gelu(up) if activation == "gelu" else jnp.square(jax.nn.relu(up))

@@ -56,6 +56,9 @@ class MoE(FFN):
         self.shared = None if cfg.shared is None else MLP(cfg.shared, d_model, rngs=rngs)
         self.shared_gate = Einsum("BTD,D->BT", D=d_model, rngs=rngs) if cfg.shared_gate else None
 
+    def flops_per_token(self, seq_len: int) -> float:
+        return self.router.flops_per_token(seq_len)
+
     @jax.named_scope("moe")
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None

@@ -2,6 +2,7 @@
 
 from efficient_lm.mixers.attention import Attention as Attention
 from efficient_lm.mixers.attention import AttentionConfig as AttentionConfig
+from efficient_lm.mixers.base import HeadsMixer as HeadsMixer
 from efficient_lm.mixers.base import Mixer as Mixer
 from efficient_lm.mixers.base import MixerConfig as MixerConfig
 from efficient_lm.mixers.comba import Comba as Comba
@@ -40,6 +41,12 @@ from efficient_lm.mixers.mla import MLA as MLA
 from efficient_lm.mixers.mla import MLAConfig as MLAConfig
 from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
+from efficient_lm.mixers.moba import MoBA as MoBA
+from efficient_lm.mixers.moba import MoBAConfig as MoBAConfig
+from efficient_lm.mixers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
+from efficient_lm.mixers.native_sparse_attention import NativeSparseAttentionConfig as NativeSparseAttentionConfig
+from efficient_lm.mixers.parallel import ParallelMixer as ParallelMixer
+from efficient_lm.mixers.parallel import ParallelMixerConfig as ParallelMixerConfig
 from efficient_lm.mixers.retnet import RetNet as RetNet
 from efficient_lm.mixers.retnet import RetNetConfig as RetNetConfig
 from efficient_lm.mixers.rglru import RGLRU as RGLRU

@@ -10,8 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from efficient_lm.layers import Einsum
+
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
-type Shared = Mapping[str, Array]  # What layers leave for later ones, by name: "BT...", of the same tokens.
+type Shared = Mapping[str, Any]  # What layers leave for later ones, by name: "BT...", of the same tokens.
 type Leaf = Any  # An array of a state; or what stands for it: one with layers in front, a shape, a sharding.
 
 
@@ -60,6 +62,26 @@ class Mixer(nnx.Module):
         state belongs to the document of the row's first token.
         """
         raise NotImplementedError
+
+
+class HeadsMixer(Mixer):
+    """A mixer that ends with one product, which projects its heads to the width of the model."""
+
+    o_proj: Einsum | None
+    """Its kernel is laid out [N P D], or [F D] where there are channels instead of heads. None: others project."""
+
+    def heads(
+        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T ..."], State]:
+        """Mixes as `__call__` does, up to the projection."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State = None, *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        assert self.o_proj is not None
+        o, state = self.heads(x, state, segment_ids=segment_ids)
+        return self.o_proj(o), state
 
 
 class SharingMixer(Mixer):

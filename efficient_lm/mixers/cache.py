@@ -126,10 +126,10 @@ def attend(
         return read_cache(written)[0], written
     # Sinks are the first tokens of the document, not of these.
     own = Places(segment_ids, segment_ids, positions, positions) if cache.sink_tokens else Places(segment_ids)
-    return _merge(read(arrays, own, False), read_cache(cache)), written
+    return merge(read(arrays, own, False), read_cache(cache)), written
 
 
-def _merge(own, past):
+def merge(own, past):
     """Returns the outputs of one softmax over two sets of keys, from those of each."""
     (own_BTNP, own_BNT), (past_BTNP, past_BNT) = own, past
     # A query that sees nothing of the past may see nothing at all: padding.

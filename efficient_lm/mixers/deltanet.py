@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm, ShortConv, unit_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -41,7 +41,7 @@ class DeltaNetState:
     v_conv: Leaf  # BWNP
 
 
-class DeltaNet(Mixer):
+class DeltaNet(HeadsMixer):
     def __init__(self, cfg: DeltaNetConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, H, P = d_model, cfg.num_heads, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -68,13 +68,13 @@ class DeltaNet(Mixer):
         return 6.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("deltanet")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: DeltaNetState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], DeltaNetState | None]:
+    ) -> tuple[Float[Array, "B T N P"], DeltaNetState | None]:
         def activate(conv: ShortConv | None, x: jax.Array, conv_state: Leaf) -> tuple[jax.Array, Leaf]:
             return (jax.nn.silu(x), None) if conv is None else conv(x, conv_state, segment_ids=segment_ids)
 
@@ -89,4 +89,4 @@ class DeltaNet(Mixer):
         run = per_shard(op, "BTNH,BTNH,BTNP,BTN,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH, k_BTNH = unit_normalize(q_BTNH), unit_normalize(k_BTNH)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, beta_BTN, state and state.S, segment_ids)
-        return self.o_proj(self.norm(o_BTNP)), state and DeltaNetState(S_BNHP, q_conv, k_conv, v_conv)
+        return self.norm(o_BTNP), state and DeltaNetState(S_BNHP, q_conv, k_conv, v_conv)

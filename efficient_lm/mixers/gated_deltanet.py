@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -48,7 +48,7 @@ class GatedDeltaNetState:
     v_conv: Leaf  # BWNP
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(HeadsMixer):
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, K, H, P = d_model, cfg.num_heads, cfg.num_key_heads or cfg.num_heads, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -77,13 +77,13 @@ class GatedDeltaNet(Mixer):
         return 7.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("gated_deltanet")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: GatedDeltaNetState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], GatedDeltaNetState | None]:
+    ) -> tuple[Float[Array, "B T N P"], GatedDeltaNetState | None]:
         q_BTKH, q_conv = self.q_conv(self.q_proj(x), state and state.q_conv, segment_ids=segment_ids)
         k_BTKH, k_conv = self.k_conv(self.k_proj(x), state and state.k_conv, segment_ids=segment_ids)
         v_BTNP, v_conv = self.v_conv(self.v_proj(x), state and state.v_conv, segment_ids=segment_ids)
@@ -99,5 +99,4 @@ class GatedDeltaNet(Mixer):
         q_BTKH, k_BTKH = unit_normalize(q_BTKH), unit_normalize(k_BTKH)
         o_BTNP, S_BNHP = run(q_BTKH, k_BTKH, v_BTNP, beta_BTN, g_BTN, state and state.S, segment_ids)
 
-        y_BTD = self.o_proj(self.norm(o_BTNP, self.gate_proj(x)))
-        return y_BTD, state and GatedDeltaNetState(S_BNHP, q_conv, k_conv, v_conv)
+        return self.norm(o_BTNP, self.gate_proj(x)), state and GatedDeltaNetState(S_BNHP, q_conv, k_conv, v_conv)

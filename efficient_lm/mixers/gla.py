@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -36,7 +36,7 @@ class GLAState:
     S: Leaf  # BNHP
 
 
-class GLA(Mixer):
+class GLA(HeadsMixer):
     def __init__(self, cfg: GLAConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, H, P, R = d_model, cfg.num_heads, cfg.key_dim, cfg.value_dim, cfg.decay_rank
         self.cfg = cfg
@@ -61,9 +61,9 @@ class GLA(Mixer):
         return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("gla")
-    def __call__(
+    def heads(
         self, x: Float[Array, "B T D"], state: GLAState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], GLAState | None]:
+    ) -> tuple[Float[Array, "B T N P"], GLAState | None]:
         decay_BTNH = self.decay_up_proj(self.decay_down_proj(x)).astype(jnp.float32) + self.decay_bias[...]
         g_BTNH = jax.nn.log_sigmoid(decay_BTNH) / self.cfg.decay_temperature
 
@@ -72,4 +72,4 @@ class GLA(Mixer):
 
         run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(self.q_proj(x), self.k_proj(x), self.v_proj(x), g_BTNH, state and state.S, segment_ids)
-        return self.o_proj(self.norm(o_BTNP, self.gate_proj(x))), state and GLAState(S_BNHP)
+        return self.norm(o_BTNP, self.gate_proj(x)), state and GLAState(S_BNHP)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -44,7 +44,7 @@ class KimiDeltaAttentionState:
     v_conv: Leaf  # BWNP
 
 
-class KimiDeltaAttention(Mixer):
+class KimiDeltaAttention(HeadsMixer):
     def __init__(self, cfg: KimiDeltaAttentionConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, H, P = d_model, cfg.num_heads, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -77,13 +77,13 @@ class KimiDeltaAttention(Mixer):
         return 7.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("kimi_delta_attention")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: KimiDeltaAttentionState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KimiDeltaAttentionState | None]:
+    ) -> tuple[Float[Array, "B T N P"], KimiDeltaAttentionState | None]:
         q_BTNH, q_conv = self.q_conv(self.q_proj(x), state and state.q_conv, segment_ids=segment_ids)
         k_BTNH, k_conv = self.k_conv(self.k_proj(x), state and state.k_conv, segment_ids=segment_ids)
         v_BTNP, v_conv = self.v_conv(self.v_proj(x), state and state.v_conv, segment_ids=segment_ids)
@@ -99,5 +99,5 @@ class KimiDeltaAttention(Mixer):
         q_BTNH, k_BTNH = unit_normalize(q_BTNH), unit_normalize(k_BTNH)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, beta_BTN, g_BTNH, state and state.S, segment_ids)
 
-        y_BTD = self.o_proj(self.norm(o_BTNP, self.gate_up_proj(self.gate_down_proj(x))))
-        return y_BTD, state and KimiDeltaAttentionState(S_BNHP, q_conv, k_conv, v_conv)
+        o_BTNP = self.norm(o_BTNP, self.gate_up_proj(self.gate_down_proj(x)))
+        return o_BTNP, state and KimiDeltaAttentionState(S_BNHP, q_conv, k_conv, v_conv)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, rms_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -40,7 +40,7 @@ class LightningState:
     S: Leaf  # BNHP
 
 
-class Lightning(Mixer):
+class Lightning(HeadsMixer):
     def __init__(self, cfg: LightningConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, H, P = d_model, cfg.num_heads, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -62,13 +62,13 @@ class Lightning(Mixer):
         return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("lightning")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: LightningState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LightningState | None]:
+    ) -> tuple[Float[Array, "B T N P"], LightningState | None]:
         q_BTNH, k_BTNH, v_BTNP = (jax.nn.silu(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # The slopes of ALiBi (https://arxiv.org/abs/2108.12409): a geometric series down to 2^-8.
         N = self.cfg.num_heads
@@ -83,4 +83,4 @@ class Lightning(Mixer):
         # The norm runs over all heads at once.
         o_BTNP = rms_normalize(o_BTNP.astype(jnp.float32), axes=(-2, -1)) * self.norm_scale[...]
         o_BTNP = o_BTNP * jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
-        return self.o_proj(o_BTNP.astype(x.dtype)), state and LightningState(S_BNHP)
+        return o_BTNP.astype(x.dtype), state and LightningState(S_BNHP)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, RMSNorm, ShortConv, decay_parameters
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -37,7 +37,7 @@ class MambaState:
     conv: Leaf  # BWF
 
 
-class Mamba(Mixer):
+class Mamba(HeadsMixer):
     def __init__(self, cfg: MambaConfig, d_model: int, *, rngs: nnx.Rngs):
         D, F, R, H = d_model, cfg.d_inner, cfg.dt_rank, cfg.state_size
         self.cfg = cfg
@@ -53,7 +53,7 @@ class Mamba(Mixer):
         self.dt_norm = RMSNorm(R) if cfg.inner_norms else None
         self.B_norm = RMSNorm(H) if cfg.inner_norms else None
         self.C_norm = RMSNorm(H) if cfg.inner_norms else None
-        self.out_proj = Einsum("BTF,FD->BTD", F=F, D=D, rngs=rngs)
+        self.o_proj = Einsum("BTF,FD->BTD", F=F, D=D, rngs=rngs)
 
     def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> MambaState:
         del max_len  # The state does not grow.
@@ -66,9 +66,9 @@ class Mamba(Mixer):
         return 7.0 * self.cfg.d_inner * self.cfg.state_size
 
     @jax.named_scope("mamba")
-    def __call__(
+    def heads(
         self, x: Float[Array, "B T D"], state: MambaState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], MambaState | None]:
+    ) -> tuple[Float[Array, "B T F"], MambaState | None]:
         x_BTF, conv = self.conv(self.in_proj(x), state and state.conv, segment_ids=segment_ids)
         R, H = self.cfg.dt_rank, self.cfg.state_size
         r_BTR, B_BTH, C_BTH = jnp.split(self.x_proj(x_BTF), (R, R + H), axis=-1)
@@ -83,4 +83,4 @@ class Mamba(Mixer):
         A_FH = -jnp.exp(self.A_log[...])
         y_BTF, h_BFH = run(x_BTF, dt_BTF, A_FH, B_BTH, C_BTH, self.skip[...], state and state.h, segment_ids)
         y_BTF = y_BTF.astype(jnp.float32) * jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
-        return self.out_proj(y_BTF.astype(x.dtype)), state and MambaState(h_BFH, conv)
+        return y_BTF.astype(x.dtype), state and MambaState(h_BFH, conv)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, ShortConv, decay_parameters, rms_normalize
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
 
 
@@ -29,6 +29,10 @@ class Mamba2Config(MixerConfig):
     value_dim: int = 64
     """Width of a head, P in the paper."""
     conv_size: int = 4
+    norm: bool = True
+    """Of the heads of each group, after the gate. Falcon-H1 has none."""
+    norm_eps: float = 1e-6
+    """Added to the mean square before the norm divides by its root."""
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "Mamba2":
         if self.num_heads % self.num_groups:
@@ -45,7 +49,7 @@ class Mamba2State:
     v_conv: Leaf  # BWNP
 
 
-class Mamba2(Mixer):
+class Mamba2(HeadsMixer):
     def __init__(self, cfg: Mamba2Config, d_model: int, *, rngs: nnx.Rngs):
         D, N, K, H, P = d_model, cfg.num_heads, cfg.num_groups, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -59,7 +63,7 @@ class Mamba2(Mixer):
         self.A_log, self.dt_bias = decay_parameters(rngs.params(), "N", N=N)
         self.skip = nnx.Param(shard(jnp.ones((N,), jnp.float32), "N"))
         self.gate_proj = Einsum("BTD,DNP->BTNP", D=D, N=N, P=P, rngs=rngs)
-        self.norm_scale = nnx.Param(shard(jnp.ones((N, P), jnp.float32), "NP"))
+        self.norm_scale = nnx.Param(shard(jnp.ones((N, P), jnp.float32), "NP")) if cfg.norm else None
         self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=P, D=D, rngs=rngs)
 
     def init_state(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> Mamba2State:
@@ -74,13 +78,13 @@ class Mamba2(Mixer):
         return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("mamba2")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: Mamba2State | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Mamba2State | None]:
+    ) -> tuple[Float[Array, "B T N P"], Mamba2State | None]:
         q_BTKH, q_conv = self.q_conv(self.q_proj(x), state and state.q_conv, segment_ids=segment_ids)
         k_BTKH, k_conv = self.k_conv(self.k_proj(x), state and state.k_conv, segment_ids=segment_ids)
         v_BTNP, v_conv = self.v_conv(self.v_proj(x), state and state.v_conv, segment_ids=segment_ids)
@@ -97,9 +101,9 @@ class Mamba2(Mixer):
 
         o_BTNP = o_BTNP.astype(jnp.float32) + self.skip[...][:, None] * v_BTNP
         o_BTNP = o_BTNP * jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
-        # The norm runs over all heads of a group at once, after the gate.
-        o_BTKGP = o_BTNP.reshape(
-            *o_BTNP.shape[:2], self.cfg.num_groups, self.cfg.num_heads // self.cfg.num_groups, o_BTNP.shape[-1]
-        )
-        o_BTNP = rms_normalize(o_BTKGP, axes=(-2, -1)).reshape(o_BTNP.shape) * self.norm_scale[...]
-        return self.o_proj(o_BTNP.astype(x.dtype)), state and Mamba2State(S_BNHP, q_conv, k_conv, v_conv)
+        if self.norm_scale is not None:
+            # The norm runs over all heads of a group at once, after the gate.
+            (B, T, N, P), K = o_BTNP.shape, self.cfg.num_groups
+            o_BTKGP = rms_normalize(o_BTNP.reshape(B, T, K, N // K, P), axes=(-2, -1), eps=self.cfg.norm_eps)
+            o_BTNP = o_BTKGP.reshape(o_BTNP.shape) * self.norm_scale[...]
+        return o_BTNP.astype(x.dtype), state and Mamba2State(S_BNHP, q_conv, k_conv, v_conv)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
 from efficient_lm.layers import Einsum, RMSNorm, rms_normalize
-from efficient_lm.mixers.base import Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 from efficient_lm.sharding import per_shard, shard
@@ -54,7 +54,7 @@ class MLAConfig(MixerConfig):
         return MLA(self, d_model, rngs=rngs)
 
 
-class MLA(Mixer):
+class MLA(HeadsMixer):
     def __init__(self, cfg: MLAConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, K, R, U = d_model, cfg.num_heads, cfg.num_latent_heads, cfg.latent_dim, cfg.query_rank
         H, P = cfg.key_dim, cfg.value_dim
@@ -85,9 +85,9 @@ class MLA(Mixer):
         return cfg.num_heads * (cfg.key_dim + cfg.rotary_dim + cfg.value_dim) * (seq_len + 1.0)
 
     @jax.named_scope("mla")
-    def __call__(
+    def heads(
         self, x: Float[Array, "B T D"], state: Cache | None = None, *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T N P"], Cache | None]:
         cfg = self.cfg
         ids_BT = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         positions_BT, length_B = document_positions(ids_BT, state and state.length)
@@ -113,7 +113,7 @@ class MLA(Mixer):
             return run(q_BTNH, *arrays, *weights, *places)
 
         o_BTNP, state = attend(read, (memory_BTKR,), state, ids_BT, positions_BT, length_B)
-        return self.o_proj(o_BTNP), state
+        return o_BTNP, state
 
 
 def _expanded(scale, q_BTNH, memory_BSKR, k_RNH, v_RNP, *places):

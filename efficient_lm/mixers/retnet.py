@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm
-from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 from efficient_lm.sharding import per_shard, shard
 
@@ -42,7 +42,7 @@ class RetNetState:
     """Tokens so far of the last document."""
 
 
-class RetNet(Mixer):
+class RetNet(HeadsMixer):
     def __init__(self, cfg: RetNetConfig, d_model: int, *, rngs: nnx.Rngs):
         D, N, H, P = d_model, cfg.num_heads, cfg.key_dim, cfg.value_dim
         self.cfg = cfg
@@ -67,13 +67,13 @@ class RetNet(Mixer):
         return 5.0 * self.cfg.num_heads * self.cfg.key_dim * self.cfg.value_dim
 
     @jax.named_scope("retnet")
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         state: RetNetState | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], RetNetState | None]:
+    ) -> tuple[Float[Array, "B T N P"], RetNetState | None]:
         ids_BT = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         positions_BT, length_B = document_positions(ids_BT, state and state.document_length)
         q_BTNH = rotate(self.q_proj(x), positions_BT, self.cfg.rotary)
@@ -86,4 +86,4 @@ class RetNet(Mixer):
 
         run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), g_N, state and state.S, segment_ids)
-        return self.o_proj(self.norm(o_BTNP, self.gate_proj(x))), state and RetNetState(S_BNHP, length_B)
+        return self.norm(o_BTNP, self.gate_proj(x)), state and RetNetState(S_BNHP, length_B)

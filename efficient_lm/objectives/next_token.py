@@ -45,7 +45,8 @@ def _head_loss(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     def op(x, w, targets, segment_ids):
         weights_BT = (segment_ids > 0).astype(jnp.float32)
-        return kernels.linear_cross_entropy(x, w, targets, weights=weights_BT, z_loss=z_loss)
+        options = {"z_loss": z_loss, "soft_cap": model.cfg.logits_soft_cap}
+        return kernels.linear_cross_entropy(x, w, targets, weights=weights_BT, **options)
 
     # Every device needs the whole head for its own tokens.
     run = per_shard(op, "BTD,,BT,BT", "BT,BT", split_tokens=True)

@@ -12,27 +12,58 @@ import jax.numpy as jnp
 # The smallest step; of numbers below, none matters.
 _LEAST = 2.0**-100
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
-def accurate(product: Callable[[jax.Array, jax.Array], jax.Array], x_XH: jax.Array, y_XH: jax.Array) -> jax.Array:
-    """Returns `product(x, y)`, which sums over the last axis of both; 512 numbers at most.
 
-    The upper eight bits of x and y, counted from each row's largest number, are multiples of one number, and so are
-    their products and all sums of those: float32 holds them exactly. What the lower bits add is small, and so is the
-    error of it.
+def accurate(
+    product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1), y_sizes: jax.Array | None = None
+) -> jax.Array:
+    """Returns `product(x, y)`, which sums over one axis of x and one of y, `axes`; 512 numbers at most.
+
+    y_sizes: about the largest number of y that comes into the same sums, in place of that along the axis: where it runs
+      over tokens, later ones would change the last bits of earlier ones.
+
+    The upper eight bits of x and y, counted from the largest number along the axis, are multiples of one number, and so
+    are their products and all sums of those: float32 holds them exactly, in whatever order they are added. What the
+    lower bits add is small, and so is the error of it.
     """
-    if x_XH.dtype != jnp.float32:
-        return product(x_XH, y_XH)
-    (x_upper_XH, x_lower_XH), (y_upper_XH, y_lower_XH) = _split(x_XH), _split(y_XH)
-    return product(x_upper_XH, y_upper_XH) + (product(x_upper_XH, y_lower_XH) + product(x_lower_XH, y_XH))
+    if x.dtype != jnp.float32:
+        return product(x, y)
+    upper, lower = _parts(product, x, y, axes, y_sizes)
+    return upper + lower
 
 
-def _split(x_XH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    largest_X1 = jnp.max(jnp.abs(x_XH), axis=-1, keepdims=True)
-    power_X1 = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(largest_X1, jnp.int32) & 0x7F800000, jnp.float32
-    )
-    step_X1 = jnp.maximum(power_X1 * 2.0**-6, _LEAST)
+def with_rest(product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int] = (-1, -1)) -> list[jax.Array]:
+    """Returns what `accurate` does, of float32, and what float32 does not hold of it."""
+    upper, lower = _parts(product, x, y, axes, None)
+    total = upper + lower
+    return [total, (upper - total) + lower]
+
+
+def rest_of_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns what float32 does not hold of x * y, entry by entry."""
+    (x_upper, x_lower), (y_upper, y_lower) = (_halves(a) for a in (x, y))
+    return ((x_upper * y_upper - x * y) + x_upper * y_lower + x_lower * y_upper) + x_lower * y_lower
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 12), jnp.float32)
+    return upper, x - upper
+
+
+def _parts(
+    product: Product, x: jax.Array, y: jax.Array, axes: tuple[int, int], y_sizes: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    largest = lambda x, axis: jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    x_upper, x_lower = _split(x, largest(x, axes[0]))
+    y_upper, y_lower = _split(y, largest(y, axes[1]) if y_sizes is None else y_sizes)
+    return product(x_upper, y_upper), product(x_upper, y_lower) + product(x_lower, y)
+
+
+def _split(x: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
+    step = jnp.maximum(power * 2.0**-6, _LEAST)
     # The reciprocal of a power of two, without a division, for which kernels would ask what chip they are for.
-    steps_X1 = jax.lax.bitcast_convert_type(0x7F000000 - jax.lax.bitcast_convert_type(step_X1, jnp.int32), jnp.float32)
-    upper_XH = jnp.round(x_XH * steps_X1) * step_X1
-    return upper_XH, x_XH - upper_XH
+    steps = jax.lax.bitcast_convert_type(0x7F000000 - jax.lax.bitcast_convert_type(step, jnp.int32), jnp.float32)
+    upper = jnp.round(x * steps) * step
+    return upper, x - upper

@@ -14,14 +14,14 @@ decay ends at i - 1 instead of i, and scores are for j < i.
 Logs are cumulated within the chunk and subtracted. So that differences lose nothing where a decay of -30 stands beside
 one of -0.01, each log is cut in a multiple of 1/64, whose sums are exact, and a small rest, whose sums are small.
 
-The gradient of g comes out of four sums. Call `rows[i]` the gradient of the logarithm of all that token i reads,
-`cols[j]` that of all that is read of token j within the chunk, `puts[j]` that of what token j leaves in the state after
-the chunk, `whole` that of keep. The decay of token t stands in every read by i >= t (i > t with `before`) save in those
-of tokens j >= t, in what the tokens before it leave, and in keep:
+The gradient of g comes out of four sums. Call `pairs[i, j]` the gradient of the logarithm of what token i reads of
+token j, `rows[i]` that of what it reads of the state before the chunk, `puts[j]` that of what token j leaves in the
+state after the chunk, `whole` that of keep. The decay of token t (i > t with `before`) stands in
 
-    dg[t] = sum_{i >= t} rows[i] - sum_{j >= t} cols[j] + sum_{j < t} puts[j] + whole
+    dg[t] = sum_{j < t <= i} pairs[i, j] + sum_{i >= t} rows[i] + sum_{j < t} puts[j] + whole
 
-A token's read of itself does not decay: it is left out of rows and cols, in which it would only cancel.
+The first sum is that of pairs over all i >= t, their rows, less that over all j >= t, their columns, and kernels whose
+operands are bfloat16 take it so. But most pairs are in both: float32 loses digits, and here no difference is taken.
 
 X is 1 or H. R counts the readers that share keys and decays: x is q, or q and k.
 """
@@ -82,12 +82,10 @@ class _Decay:
         self.writes_CBKGLX = jnp.where(segments.writes_CB11L1, _exp_difference(end, self._cols), 0)
         self.keep_CBKGX1 = jnp.where(segments.through_CB1111, _exp_difference(end, start).mT, 0)
 
-    def gradient(self, rows_CBKGLX, cols_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
-        """Returns the gradient of g from the four sums."""
-        if self._before:
-            rows_CBKGLX = jnp.pad(rows_CBKGLX[..., 1:, :], [(0, 0)] * 4 + [(0, 1), (0, 0)])
-        later_CBKGLX = _sum_over(lower(self._L).mT, rows_CBKGLX - cols_CBKGLX)
-        return later_CBKGLX + _sum_over(lower(self._L, -1), puts_CBKGLX) + whole_CBKGX[..., None, :]
+    def gradient(self, pairs_CBKGLX, rows_CBKGLX, puts_CBKGLX, whole_CBKGX) -> jax.Array:
+        """Returns the gradient of g from the sums over pairs, the rows, the puts and the whole."""
+        later_CBKGLX = _sum_over(lower(self._L, -1 if self._before else 0).mT, rows_CBKGLX)
+        return pairs_CBKGLX + later_CBKGLX + _sum_over(lower(self._L, -1), puts_CBKGLX) + whole_CBKGX[..., None, :]
 
 
 class HeadDecay(_Decay):
@@ -103,15 +101,15 @@ class HeadDecay(_Decay):
         return product_CBKRLS[:, :, :, :, None] * self._pairs()
 
     def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):
-        """Returns the gradients of x and k, rows and cols, given that of the scores, and the scores themselves."""
+        """Returns the gradients of x and k, and the sums over pairs, given that of the scores, and the scores."""
         dproduct_CBKRLS = jnp.sum(d_CBKRGLS * self._pairs(), axis=4)
-        decayed_LL = lower(self._L, -2 if self._before else -1)
-        dlog_CBKGLS = jnp.sum(jnp.where(decayed_LL, d_CBKRGLS * scores_CBKRGLS, 0), axis=3)
+        dlog_CBKGLS = jnp.sum(d_CBKRGLS * scores_CBKRGLS, axis=3)
+        later_LL = jnp.squeeze(lower(self._L, -1 if self._before else 0)).mT.astype(dlog_CBKGLS.dtype)
+        later_CBKGLS = jnp.einsum("LM,CBKGMS->CBKGLS", later_LL, dlog_CBKGLS, precision="highest")
         return (
             jnp.einsum("CBKRLS,CBKSH->CBKRLH", dproduct_CBKRLS, k_CBKLH),
             jnp.einsum("CBKRLS,CBKRLH->CBKSH", dproduct_CBKRLS, x_CBKRLH),
-            jnp.sum(dlog_CBKGLS, axis=-1)[..., None],
-            jnp.sum(dlog_CBKGLS, axis=-2)[..., None],
+            jnp.sum(jnp.where(lower(self._L, -1)[0], later_CBKGLS, 0), axis=-1)[..., None],
         )
 
     @staticmethod
@@ -180,24 +178,33 @@ class ChannelDecay(_Decay):
         return jnp.where(self._seen_CB111LL, scores[..., 0, :, :], 0)
 
     def scores_backward(self, d_CBKRGLS, scores_CBKRGLS, x_CBKRLH, k_CBKLH):
-        """Returns the gradients of x and k, rows and cols, given that of the scores."""
-        del scores_CBKRGLS  # rows and cols need the channels apart
+        """Returns the gradients of x and k, and the sums over pairs, given that of the scores."""
+        del scores_CBKRGLS  # the sums need the channels apart
         d = jnp.where(self._seen_CB111LL, d_CBKRGLS, 0)[..., None, :, :]
-        *lead, R, G, _, L, _ = d.shape
-        dx_CBKRGLH, dk_CBKGLH = 0, 0
+        *lead, R, G, _, L, H = (*d.shape[:-1], x_CBKRLH.shape[-1])
+        dx_CBKRGLH, dk_CBKGLH = jnp.zeros((*lead, R, G, L, H), d.dtype), jnp.zeros((*lead, G, L, H), d.dtype)
+        pairs_CBKGLH = jnp.zeros_like(dk_CBKGLH)
+        logs = lambda: (
+            jnp.sum(x_CBKRLH[:, :, :, :, None] * dx_CBKRGLH, axis=3),
+            k_CBKLH[:, :, :, None] * dk_CBKGLH,
+        )
         for m in reversed(self._sizes()):
+            # What pairs of larger blocks put between these two: all of it lies before or after one of them.
+            rows, cols = (jnp.sum(x.reshape(*lead, G, L // (2 * m), 2, m, H), axis=-2) for x in logs())
+            between = jnp.stack([rows[..., 1, :], cols[..., 0, :]], axis=-2)[..., None, :]
+            pairs_CBKGLH += jnp.broadcast_to(between, (*between.shape[:-2], m, H)).reshape(pairs_CBKGLH.shape)
             d, below = blocks.part(d)
             x, k, heads, tails = self._level(m, x_CBKRLH, k_CBKLH)
             dx = jnp.einsum("CBKRGnLS,CBKGnSH->CBKRGnLH", below, k) * heads[:, :, :, None]
             dk = jnp.einsum("CBKRGnLS,CBKRGnLH->CBKGnSH", below, x) * tails
-            dx_CBKRGLH += jnp.stack([jnp.zeros_like(dx), dx], axis=-3).reshape(*lead, R, G, L, -1)
-            dk_CBKGLH += jnp.stack([dk, jnp.zeros_like(dk)], axis=-3).reshape(*lead, G, L, -1)
-        rows_CBKGLH = jnp.sum(x_CBKRLH[:, :, :, :, None] * dx_CBKRGLH, axis=3)
-        cols_CBKGLH = k_CBKLH[:, :, :, None] * dk_CBKGLH
+            dx_CBKRGLH += jnp.stack([jnp.zeros_like(dx), dx], axis=-3).reshape(dx_CBKRGLH.shape)
+            dk_CBKGLH += jnp.stack([dk, jnp.zeros_like(dk)], axis=-3).reshape(dk_CBKGLH.shape)
+        if not self._before:
+            pairs_CBKGLH += logs()[0]
         own_CBKRL1 = jnp.sum(d[..., 0], axis=4)
         dx_CBKRLH = jnp.sum(dx_CBKRGLH, axis=4) + own_CBKRL1 * k_CBKLH[:, :, :, None]
         dk_CBKLH = jnp.sum(dk_CBKGLH, axis=3) + jnp.sum(own_CBKRL1 * x_CBKRLH, axis=3)
-        return dx_CBKRLH, dk_CBKLH, rows_CBKGLH, cols_CBKGLH
+        return dx_CBKRLH, dk_CBKLH, pairs_CBKGLH
 
     @staticmethod
     def apply(x_CBKLH: jax.Array, factors_CBKGLX: jax.Array, S_CBKGHP: jax.Array) -> jax.Array:

@@ -29,6 +29,15 @@ def dot(x: jax.Array, y: jax.Array, sides: str, exact: bool) -> jax.Array:
     return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
+def running_max(x_LX: jax.Array) -> jax.Array:
+    """Returns the largest of each row and those before it, of numbers that are not negative."""
+    row, m = jax.lax.broadcasted_iota(jnp.int32, x_LX.shape, 0), 1
+    while m < x_LX.shape[0]:
+        x_LX = jnp.maximum(x_LX, jnp.where(row >= m, pltpu.roll(x_LX, m, 0), 0))
+        m *= 2
+    return x_LX
+
+
 def _split(x_LX: jax.Array, m: int) -> list[jax.Array]:
     x_n2mX = x_LX.reshape(-1, 2, m, x_LX.shape[-1])
     return [x_n2mX[:, half].reshape(-1, x_LX.shape[-1]) for half in (FIRST, SECOND)]
@@ -148,6 +157,15 @@ class Pairs:
     def later(self, reach: int) -> jax.Array:
         """Returns the matrix that sums over a token and those after it in its block of `reach`."""
         return jnp.where(self._later_LL & (self.apart_LL < reach), 1.0, 0.0)
+
+    def spans(self, m: int) -> jax.Array:
+        """Returns the matrix that sums what level m's pairs add to the logs of decays: for those that a token spans.
+
+        It multiplies the gradients of the logarithms of what second blocks read, and of what is read of first blocks.
+        """
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, self.apart_LL.shape, axis) for axis in (0, 1))
+        reaches_LL = jnp.where(column & m > 0, column - row, row - column - 1) >= 0
+        return jnp.where(reaches_LL & (self.apart_LL < m), 1.0, 0.0)
 
     def earlier(self) -> jax.Array:
         """Returns the matrix that sums over the tokens before one."""

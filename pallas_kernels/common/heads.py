@@ -54,28 +54,35 @@ class Heads:
         B, T, M, X = self._shape
         return x.reshape(B, -1, M, X)[:, :T]
 
-    def read(self, ref, head: int) -> jax.Array:
-        """Returns one head of a block, float32."""
+    def read(self, ref, head: int, tokens: slice | None = None) -> jax.Array:
+        """Returns one head of a block, float32: `tokens` of it, or all."""
+        tokens = tokens or slice(0, self._length)
         if not self._tiled:
-            return ref[head].astype(jnp.float32)
+            return ref[head, tokens].astype(jnp.float32)
         if ref.dtype == jnp.float32:
-            return _rows(ref)[pl.ds(head, self._length, stride=self._size)]
-        words = _rows(ref).bitcast(jnp.uint32)[pl.ds(head // 2, self._length, stride=self._size // 2)]
+            return _rows(ref)[self._place(tokens, head, 1)]
+        words = _rows(ref).bitcast(jnp.uint32)[self._place(tokens, head, 2)]
         return jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000) if head % 2 else words << 16, jnp.float32)
 
-    def write(self, ref, head: int, values: list[jax.Array]) -> None:
+    def write(self, ref, head: int, values: list[jax.Array], tokens: slice | None = None) -> None:
         """Writes heads `head, head + 1 ..`: tiles of bfloat16 take an even number of them, from an even one on."""
+        tokens = tokens or slice(0, self._length)
         if not self._tiled:
             for i, value in enumerate(values):
-                ref[head + i] = value.astype(ref.dtype)
+                ref[head + i, tokens] = value.astype(ref.dtype)
         elif ref.dtype == jnp.float32:
             for i, value in enumerate(values):
-                _rows(ref)[pl.ds(head + i, self._length, stride=self._size)] = value
+                _rows(ref)[self._place(tokens, head + i, 1)] = value
         else:
             bits = lambda x: jax.lax.bitcast_convert_type(x.astype(ref.dtype).astype(jnp.float32), jnp.uint32)
             for i in range(0, len(values), 2):
-                place = pl.ds((head + i) // 2, self._length, stride=self._size // 2)
-                _rows(ref).bitcast(jnp.uint32)[place] = bits(values[i]) >> 16 | bits(values[i + 1])
+                words = bits(values[i]) >> 16 | bits(values[i + 1])
+                _rows(ref).bitcast(jnp.uint32)[self._place(tokens, head + i, 2)] = words
+
+    def _place(self, tokens: slice, head: int, per_word: int):
+        """Where the rows of a head lie, if a row of memory holds `per_word` of the heads."""
+        stride = self._size // per_word
+        return pl.ds(tokens.start * stride + head // per_word, tokens.stop - tokens.start, stride=stride)
 
 
 def _rows(ref):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate
+from pallas_kernels.common.accurate import accurate, with_rest
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
@@ -24,24 +24,31 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns q w^T and k w^T. Errors of the latter are those of what is written, ten times over for like keys."""
-        if self.exact:
-            return self.product(q, w, "nt"), accurate(functools.partial(self.product, sides="nt"), k, w)
-        of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
-        return of_q, of_k
+    def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns q w^T and k w^T. If it is `exact`, the latter and what float32 does not hold of it.
 
-    def inverses(self, systems: list[jax.Array]) -> list[jax.Array]:
-        """Returns `(I + A)^-1` of strictly lower A."""
-        found = triangular.inverses(systems, self.exact)
+        Errors of k w^T are those of what is written, ten times over where keys are alike.
+        """
+        if self.exact:
+            return self.product(q, w, "nt"), with_rest(functools.partial(self.product, sides="nt"), k, w)
+        of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
+        return of_q, [of_k]
+
+    def inverses(self, systems: list[list[jax.Array]]) -> list[jax.Array]:
+        """Returns `(I + A)^-1` of strictly lower A, or of sums of two."""
+        found = triangular.inverses([a_LL for a_LL, *_ in systems], self.exact)
         return [_correct(*pair) for pair in zip(systems, found, strict=True)] if self.exact else found
 
 
-def _correct(system_LL: jax.Array, inverse_LL: jax.Array) -> jax.Array:
+def _correct(system: list[jax.Array], inverse_LL: jax.Array) -> jax.Array:
     """Returns the inverse without most of its error, by a step of Newton's method."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    rest_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - dot(system_LL, inverse_LL, "nn", exact=True)
-    return inverse_LL + dot(inverse_LL, rest_LL, "nn", exact=True)
+    product = functools.partial(dot, sides="nn", exact=True)
+    a_LL, rest_LL = system
+    # No number of an inverse is much larger than 1.
+    found_LL = accurate(product, a_LL, inverse_LL, axes=(1, 0), y_sizes=jnp.ones_like(inverse_LL))
+    found_LL = jnp.where(row == lane, 1.0, 0.0) - inverse_LL - found_LL
+    return inverse_LL + product(inverse_LL, found_LL - product(rest_LL, inverse_LL))
 
 
 def _columns(flags_1L, rows_8L):
@@ -63,12 +70,14 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
             w_LH, decays, S_PH = beta_L8[:, n : n + 1] * k_LH, tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
             if kept:
                 kept[0][n] = S_PH.astype(kept[0].dtype)
-            qw, kw = {}, {}
+            qw, kw = {}, []
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 q, k = (take(x_LH, m, SECOND) * to for x_LH in (q_LH, k_LH))
-                qw[m], kw[m] = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
-            systems.append(pairs.gather(kw, None, SECOND))
+                qw[m], of_k = rule.scores(q, k, fill(take(w_LH, m, FIRST) * of, m, FIRST))
+                kw.append(of_k)
+            parts = (dict(zip(decays.levels, part, strict=True)) for part in zip(*kw, strict=True))
+            systems.append([pairs.gather(part, None, SECOND) for part in parts])
             scores_LL = pairs.gather(qw, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), SECOND)
             read_LP, held_LP = halves(product(stack(q_LH * decays.reads, k_LH * decays.reads), S_PH, "nt"))
             x_LP = tokens.clear(blocks.values.read(v_ref, n)) - held_LP
@@ -119,6 +128,8 @@ def backward(rule, blocks, *refs):
         dput_LH = decays.writes * product(u_LP, dS_PH, "nn")
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), w_LH * dput_LH, "nn")
+        if rule.exact:
+            dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(dreads, stack(reads_q_LH, reads_k_LH), "tn")
         # 4. Within the chunk. As in linear attention, what close tokens add to dg is summed by itself.
         dqw_LL, dkw_LL = halves(product(dreads, u_LP, "nt"))
@@ -137,8 +148,13 @@ def backward(rule, blocks, *refs):
                 dw = of * product(of_scores, join([take(k, m, SECOND), take(q, m, SECOND)], m), "nn")
                 dq_far, dk_far = add(dq_far, dq, m, SECOND), add(dk_far, dk, m, SECOND)
                 dw_far = add(dw_far, dw, m, FIRST)
-        dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
-        dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far - w_LH * dw_far, "nn")
+            if rule.exact:  # without differences, as in `common/decays.py`
+                rows = take(q_LH, m, SECOND) * dq + take(k_LH, m, SECOND) * dk
+                columns = take(w_LH, m, FIRST) * dw
+                dg_LH += product(pairs.spans(m), fill(rows, m, SECOND) + fill(columns, m, FIRST), "nn")
+        if not rule.exact:
+            dg_LH += product(pairs.later(8), q_LH * dq_near + k_LH * dk_near - w_LH * dw_near, "nn")
+            dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + k_LH * dk_far - w_LH * dw_far, "nn")
         # 5. Together.
         own_L1 = jnp.sum(do_LP * u_LP, axis=1, keepdims=True)
         dq_LH = dq_near + dq_far + own_L1 * w_LH

@@ -15,19 +15,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.documents import clear_padding
-from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, as_float32, cut, flags, widen
+from pallas_kernels.common.gates import CHUNK, cumulative_logs, documents, from_tiles, rows, to_tiles
+from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, widen
 from pallas_kernels.common.heads import TILE
 from pallas_kernels.common.walk import PARAMS, is_exact
 from pallas_kernels.delta_rule import tpu_scalar_kernels as kernels
-from pallas_kernels.delta_rule.tpu_scalar_kernels import CHUNK, Rule
-
-# exp(-128) is 0 in float32: closed gates (-inf, too) stop here.
-_MIN_LOG = -128.0
+from pallas_kernels.delta_rule.tpu_scalar_kernels import Rule
 
 
 def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
@@ -43,7 +39,7 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
         out_shape=[call.blocks.values.shape(v.dtype), as_float32(state_BNHP), *kept],
         scratch_shapes=[call.scratch],
         compiler_params=PARAMS,
-    )(call.mark(segment_ids), call.pack_gates(beta, g, segment_ids), *call.pack(q, k, v), state_BNHP)
+    )(documents(segment_ids, CHUNK), call.gates_of(beta, g, segment_ids), *call.pack(q, k, v), state_BNHP)
     return (call.blocks.values.from_kernel(o)[..., : v.shape[3]], cut(last_BNHP, state)), kept
 
 
@@ -72,16 +68,15 @@ def backward(scale, residuals, cotangents):
         scratch_shapes=[call.scratch],
         compiler_params=PARAMS,
     )(
-        call.mark(segment_ids),
-        call.pack_gates(beta, g, segment_ids),
+        documents(segment_ids, CHUNK),
+        call.gates_of(beta, g, segment_ids),
         *call.pack(q, k, v),
         blocks.values.to_kernel(widen(do, 3)),
         states,
         inverse,
         dlast_BNHP,
     )
-    dgates = jnp.moveaxis(dgates[:, :, :, : blocks.size], (2, 4), (0, 2)).reshape(2, blocks.B, -1, blocks.N)
-    dg_BTN, dbeta_BTN = dgates[:, :, : blocks.T]
+    dg_BTN, dbeta_BTN = from_tiles(dgates, blocks)
     return (
         blocks.key_gradient(dq, q),
         blocks.key_gradient(dk, k),
@@ -121,34 +116,7 @@ class _Call:
         heads = self.blocks.keys, self.blocks.keys, self.blocks.values
         return [head.to_kernel(widen(x, 3)) for head, x in zip(heads, (q, k, v), strict=True)]
 
-    def mark(self, segment_ids):
-        """Returns how many documents have begun in its chunk up to each token, -1 for padding; float32 `B1T`."""
-        flags_B1CL = flags(segment_ids, CHUNK).reshape(segment_ids.shape[0], 1, -1, CHUNK)
-        started = jnp.cumsum(flags_B1CL & STARTS > 0, axis=3)
-        marks = jnp.where(flags_B1CL & REAL > 0, started, -1).astype(jnp.float32)
-        return marks.reshape(marks.shape[0], 1, -1)
-
-    def pack_gates(self, beta, g, segment_ids):
-        """Returns the logs of g cumulated within chunks, in parts, and beta: `[B groups X 8 T]`.
-
-        With two parts, one is a multiple of 1/64, whose sums are exact, and one a small rest: differences lose nothing
-        where a decay of -30 stands beside one of -0.01. Beside bfloat16 products one part is enough.
-        """
-        blocks = self.blocks
-        g_BTN = jnp.maximum(clear_padding(g, segment_ids), _MIN_LOG)
-        parts = [g_BTN]
-        if self.exact:
-            coarse_BTN = jnp.ceil(g_BTN * 64) / 64
-            parts = [coarse_BTN, g_BTN - coarse_BTN]
-        # A constant of the program: XLA would take longer to make it than to multiply by it.
-        upper_LL = np.triu(np.ones((CHUNK, CHUNK), np.float32))
-        in_rows = [self._rows(x) for x in parts]
-        logs = [jnp.einsum("BnhCL,LM->BnhCM", x, upper_LL, precision="highest") for x in in_rows]
-        rows = jnp.stack([*logs, self._rows(clear_padding(beta, segment_ids))], axis=2)
-        rows = rows.reshape(*rows.shape[:4], -1)
-        return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, TILE - blocks.size), (0, 0)))
-
-    def _rows(self, x_BTN):
-        blocks = self.blocks
-        x_BTN = jnp.pad(x_BTN, ((0, 0), (0, -blocks.T % CHUNK), (0, 0))).astype(jnp.float32)
-        return jnp.moveaxis(x_BTN.reshape(blocks.B, -1, CHUNK, blocks.grid[1], blocks.size), (3, 4), (1, 2))
+    def gates_of(self, beta, g, segment_ids):
+        """Returns the logs of g cumulated within chunks, in parts, and beta: `[B groups X 8 T]`."""
+        logs = cumulative_logs(g, segment_ids, self.blocks, self.exact)
+        return to_tiles([*logs, rows(beta, segment_ids, self.blocks)])

@@ -21,19 +21,17 @@ Heads go side by side, phase by phase: while the products of one are under way, 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate
-from pallas_kernels.common.doubling import dot
+from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
+from pallas_kernels.common.doubling import dot, running_max
+from pallas_kernels.common.gates import CHUNK, Gates, column, widen
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
-
-CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,87 +44,40 @@ class Rule:
     def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
         return dot(x, y, sides, self.exact)
 
-    def keys(self, k_LH: jax.Array) -> jax.Array:
-        """Returns k k^T. The errors of a system are those of what it gives, ten times over where keys are alike."""
-        product = functools.partial(self.product, sides="nt")
-        return accurate(product, k_LH, k_LH) if self.exact else product(k_LH, k_LH)
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
+        """Returns the product without the errors of sums of float32, if it is `exact`."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
+        product = functools.partial(self.product, sides=sides)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
 
-    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Returns d of (I + A) d = x, given what multiplies by A."""
+    def keys(self, k: jax.Array) -> list[jax.Array]:
+        """Returns k k^T and, if it is `exact`, what float32 does not hold of it."""
+        product = functools.partial(self.product, sides="nt")
+        return with_rest(product, k, k) if self.exact else [product(k, k)]
+
+    def system(self, kk: list[jax.Array], factors_LL: jax.Array, apart_LL: jax.Array) -> list[jax.Array]:
+        """Returns k k^T times factors for pairs that are two tokens, 0 for others; what it does not hold as in `keys`.
+
+        The errors of a system are those of what it gives, ten times over where keys are alike.
+        """
+        parts = [kk_LL * factors_LL for kk_LL in kk]
+        if self.exact:
+            parts[1] += rest_of_product(kk[0], factors_LL)
+        return [jnp.where(apart_LL, part_LL, 0) for part_LL in parts]
+
+    def solve(self, inverse_LL: jax.Array, x_LP: jax.Array, system: list[jax.Array], sides: str = "nn") -> jax.Array:
+        """Returns d of (I + A) d = x."""
         d_LP = self.product(inverse_LL, x_LP)
         if self.exact:  # the inverse has errors of its own, which this corrects
-            d_LP += self.product(inverse_LL, x_LP - d_LP - multiply(d_LP))
+            a_LL, rest_LL = system
+            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides, running_max(jnp.abs(d_LP)))
+            found_LP -= self.product(rest_LL, d_LP, sides)
+            d_LP += self.product(inverse_LL, found_LP)
         return d_LP
 
     def rounded(self, x: jax.Array) -> jax.Array:
         """Returns x as products take it: once, if it is in several."""
         return x if self.exact else x.astype(jnp.bfloat16)
-
-
-class Gates:
-    """Decays, betas and documents of a chunk, of up to eight heads.
-
-    Vectors along lanes are [heads, L]; columns are broadcast to `[L width]` before exp is taken: the unit that takes it
-    is idle, that which spreads lanes is not.
-    """
-
-    def __init__(self, gates_XNL, documents_1L):
-        self._logs, self.beta = [gates_XNL[x] for x in range(gates_XNL.shape[0] - 1)], gates_XNL[-1]
-        self._end = [x[:, -1:] for x in self._logs]
-        last_11 = jnp.maximum(jnp.max(documents_1L, axis=1, keepdims=True), 0.0)
-        self._documents_1L, self._documents_LL = documents_1L, jnp.broadcast_to(documents_1L, (CHUNK, CHUNK)).T
-        self._last_11 = last_11
-        self._columns = [x.T for x in (*self._logs, self.beta)]
-        self.reads = jnp.where(documents_1L == 0, _exp(self._logs), 0)
-        self.writes = jnp.where(documents_1L == last_11, _exp(_minus(self._end, self._logs)), 0)
-        self.keep = jnp.where(last_11 == 0, _exp(self._end), 0)
-        self._real_LL = jnp.where(self._documents_LL >= 0, -1, 0)
-
-    def clear(self, x_LX):
-        """Returns x with zeros, in place of NaN too, for padding."""
-        bits = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen(self._real_LL, x_LX.shape[1])
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-    def limit(self, readers_first):
-        """Returns 0 for the pairs that see each other, and -inf for others; and which of them are two tokens."""
-        first, second = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-        since = first - second if readers_first else second - first
-        same = (self._documents_LL == self._documents_1L) & (self._documents_LL >= 0)
-        return jnp.where(same & (since >= 0), 0.0, -jnp.inf), since > 0
-
-    def logs_LL(self, n):
-        """Returns the cumulative logs of head n as columns, in parts."""
-        return [self._column(x, n) for x in self._columns[:-1]]
-
-    def beta_LL(self, n):
-        return self._column(self._columns[-1], n)
-
-    def logs_1L(self, n):
-        return [x[n : n + 1] for x in self._logs]
-
-    def reads_LX(self, logs_LL, width):
-        return _widen(jnp.where(self._documents_LL == 0, _exp(logs_LL), 0), width)
-
-    def writes_LX(self, n, logs_LL, width):
-        end = [x[n : n + 1] for x in self._end]
-        return _widen(jnp.where(self._documents_LL == self._last_11, _exp(_minus(end, logs_LL)), 0), width)
-
-    def _column(self, x_LN, n):
-        return jnp.broadcast_to(x_LN[:, n : n + 1], (CHUNK, CHUNK))
-
-
-def _minus(later, earlier):
-    return [x - y for x, y in zip(later, earlier, strict=True)]
-
-
-def _exp(parts: list[jax.Array], limit: jax.Array | float = 0.0) -> jax.Array:
-    """exp of a log in parts; it is at most `limit`, which is 0 or, for what is not to be seen, -inf."""
-    return jnp.exp(jnp.minimum(functools.reduce(jnp.add, parts), limit))
-
-
-def _widen(same_LL, width):
-    """Returns `LX` of an array whose lanes are all the same."""
-    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
 
 
 def forward(rule: Rule, blocks: Blocks, *refs):
@@ -138,38 +89,38 @@ def forward(rule: Rule, blocks: Blocks, *refs):
 
     if kept:
         kept[0][...] = S_NHP[...].astype(kept[0].dtype)
-    gates, product = Gates(gates_ref, documents_1L[...]), rule.product
+    *logs, beta_NL = (gates_ref[x] for x in range(gates_ref.shape[0]))
+    gates, product = Gates(logs, documents_1L[...]), rule.product
     limit_LL, apart_LL = gates.limit(readers_first=True)
     # 1. Scores, and what the state holds.
-    qk_LL, kk_LL, q_reads, k_reads, written, systems = {}, {}, {}, {}, {}, []
+    qk_LL, kk, q_reads, k_reads, written, systems = {}, {}, {}, {}, {}, []
     for key, heads in (pair for unit in blocks.units for pair in unit):
         q_LH, k_LH = blocks.keys.read(q_ref, key), gates.clear(blocks.keys.read(k_ref, key))
         k_HL, both = k_LH.T, rule.rounded(jnp.concatenate([q_LH, k_LH]))
         scores = product(both, k_HL)
-        of_keys_LL = rule.keys(k_LH) if rule.exact else scores[CHUNK:]
+        of_keys = rule.keys(k_LH) if rule.exact else [scores[CHUNK:]]
         for n in heads:
-            qk_LL[n], kk_LL[n], written[n] = scores[:CHUNK], of_keys_LL, k_HL
+            qk_LL[n], kk[n], written[n] = scores[:CHUNK], of_keys, k_HL
             reads = product(both, S_NHP[n])
             q_reads[n], k_reads[n] = reads[:CHUNK], reads[CHUNK:]
     # 2. The systems.
     for n in range(blocks.size):
-        pairs_LL = _exp(_minus(gates.logs_LL(n), gates.logs_1L(n)), limit_LL) * gates.beta[n : n + 1]
-        systems.append(jnp.where(apart_LL, kk_LL[n] * pairs_LL, 0))
+        pairs_LL = gates.pairs_LL(n, limit_LL, readers_first=True) * beta_NL[n : n + 1]
+        systems.append(rule.system(kk[n], pairs_LL, apart_LL))
         qk_LL[n] = rule.rounded(qk_LL[n] * pairs_LL)
     # 3. Their inverses.
-    inverses = [rule.rounded(x_LL) for x_LL in triangular.inverses(systems, rule.exact)]
+    inverses = [rule.rounded(x_LL) for x_LL in triangular.inverses([a_LL for a_LL, *_ in systems], rule.exact)]
     # 4. What tokens write, what they read, and the state after them.
     for unit in blocks.units:
         o = []
         for n in (n for _, heads in unit for n in heads):
             if kept:
                 kept[1][n] = inverses[n]
-            reads_LP = gates.reads_LX(gates.logs_LL(n), blocks.P)
+            reads_LP = gates.reads_LX(n, blocks.P)
             x_LP = gates.clear(blocks.values.read(v_ref, n)) - reads_LP * k_reads[n]
-            multiply = functools.partial(product, systems[n])
-            d_LP = rule.rounded(rule.solve(inverses[n], x_LP, multiply))
+            d_LP = rule.rounded(rule.solve(inverses[n], x_LP, systems[n]))
             o.append(rule.scale * gates.clear(product(qk_LL[n], d_LP) + reads_LP * q_reads[n]))
-            writes_1L = gates.writes[n : n + 1] * gates.beta[n : n + 1]
+            writes_1L = gates.writes[n : n + 1] * beta_NL[n : n + 1]
             S_NHP[n] = gates.keep[n : n + 1] * S_NHP[n] + product(written[n] * writes_1L, d_LP)
         blocks.values.write(o_ref, unit[0][1][0], o)
 
@@ -186,9 +137,12 @@ def backward(rule: Rule, blocks: Blocks, *refs):
     def _first():
         dS_NHP[...] = dlast_NHP[...]
 
-    gates, product, rounded = Gates(gates_ref, documents_1L[...]), rule.product, rule.rounded
+    *logs, beta_NL = (gates_ref[x] for x in range(gates_ref.shape[0]))
+    gates, beta_LN = Gates(logs, documents_1L[...]), beta_NL.T
+    product, rounded = rule.product, rule.rounded
     limit_LL, apart_LL = gates.limit(readers_first=False)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    reader, token = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0), lane
     columns_LL = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     for unit in blocks.units:
         dq, dk, dv = [], [], []
@@ -197,50 +151,55 @@ def backward(rule: Rule, blocks: Blocks, *refs):
             q_LH = rule.scale * q_LH
             q_HL, k_HL = q_LH.T, k_LH.T
             q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
-            qkT_LL, kk_LL = product(k, q_HL), rule.keys(k_LH)
+            qkT_LL, kk = rule.accurate(k, rounded(q_HL), "nn"), rule.keys(k)
             dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
             for n in heads:
                 v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
                 do, S, dS_HP, inverse_LL = rounded(do_LP), rounded(states_NHP[n]), dS_NHP[n], inverse_NLL[n]
                 dS = rounded(dS_HP)
-                logs_LL, beta_LL = gates.logs_LL(n), gates.beta_LL(n)
+                beta_LL = column(beta_LN, n)
                 reads_1L, keep_11 = gates.reads[n : n + 1], gates.keep[n : n + 1]
                 # 1. What the forward pass knew.
-                pairs_LL = _exp(_minus(gates.logs_1L(n), logs_LL), limit_LL)
-                a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk_LL * pairs_LL, 0)
-                x_LP = v_LP - gates.reads_LX(logs_LL, blocks.P) * product(k, S)
-                system_LL = c_LL * beta_LL
-                d_LP = rule.solve(inverse_LL, x_LP, lambda x_LP, a_LL=system_LL: product(a_LL, x_LP, "tn"))
+                pairs_LL = gates.pairs_LL(n, limit_LL, readers_first=False)
+                a_LL, c_LL = qkT_LL * pairs_LL, jnp.where(apart_LL, kk[0] * pairs_LL, 0)
+                x_LP = v_LP - gates.reads_LX(n, blocks.P) * product(k, S)
+                system = rule.system(kk, pairs_LL * beta_LL, apart_LL)
+                d_LP = rule.solve(inverse_LL, x_LP, system, "tn")
                 d = rounded(d_LP)
                 # 2. Through what tokens write, and the system.
-                put_LP = gates.writes_LX(n, logs_LL, blocks.P) * product(k, dS)
+                put_LP = gates.writes_LX(n, blocks.P) * product(k, dS)
                 z_LP = product(a_LL, do) + put_LP
-                dd_LP = _widen(beta_LL, blocks.P) * z_LP
-                dx_LP = rule.solve(inverse_LL.T, dd_LP, functools.partial(product, system_LL))
+                dd_LP = widen(beta_LL, blocks.P) * z_LP
+                dx_LP = rule.solve(inverse_LL.T, dd_LP, system)
                 dx = rounded(dx_LP)
                 dbeta_L1 = jnp.sum(d_LP * (z_LP - product(c_LL, dx)), axis=1, keepdims=True)
                 # 3. Within the chunk.
-                da_LL, dc_LL = product(d, do, "nt"), -product(d, dx, "nt")
+                da_LL, dc_LL = rule.accurate(d, do, "nt"), -rule.accurate(d, dx, "nt")
                 e_LL = da_LL * a_LL + dc_LL * c_LL
                 pairs_LL *= beta_LL
                 dqk, dkk = rounded(da_LL * pairs_LL), rounded(jnp.where(apart_LL, dc_LL * pairs_LL, 0))
                 # 4. Through the states at the chunk's borders.
                 dread_q_HL, dread_k_HL = reads_1L * product(S, do, "nt"), -reads_1L * product(S, dx, "nt")
-                writes_LH = gates.writes_LX(n, logs_LL, blocks.H) * _widen(beta_LL, blocks.H)
+                writes_LH = gates.writes_LX(n, blocks.H) * widen(beta_LL, blocks.H)
                 dqT_HL += product(kT, dqk) + dread_q_HL
                 dkT_HL += product(kT, dkk) + dread_k_HL
                 dk_LH += product(dqk, q) + product(dkk, k) + writes_LH * product(d, dS, "nt")
                 dS_NHP[n] = keep_11 * dS_HP + product(q_HL * reads_1L, do) - product(k_HL * reads_1L, dx)
                 dv.append(dx_LP)
                 # 5. The decays, and beta.
-                rows_1L = jnp.sum(beta_LL * e_LL, axis=0, keepdims=True)
-                rows_1L += jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
+                rows_1L = jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
+                whole_1L = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
+                if rule.exact:  # the pairs that span a token, as in `common/decays.py`
+                    later_LL = product(beta_LL * e_LL, jnp.where(reader >= token, 1.0, 0.0))
+                    whole_1L += jnp.sum(jnp.where(reader < token, later_LL, 0), axis=0, keepdims=True)
+                    e_LL = jnp.zeros_like(e_LL)
+                else:
+                    rows_1L += jnp.sum(beta_LL * e_LL, axis=0, keepdims=True)
                 e_L1, put_L1 = (jnp.sum(x, axis=1, keepdims=True) for x in (e_LL, d_LP * put_LP))
                 for place, column_L1 in enumerate((e_L1, put_L1, dbeta_L1)):
                     columns_LL = jnp.where(lane == place * TILE + n, column_L1, columns_LL)
-                whole_11 = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
                 dgates_ref[0, n : n + 1] = rows_1L
-                dgates_ref[1, n : n + 1] = jnp.broadcast_to(whole_11, (1, CHUNK))
+                dgates_ref[1, n : n + 1] = jnp.broadcast_to(whole_1L, (1, CHUNK))
             dq.append(rule.scale * dqT_HL.T)
             dk.append(dk_LH + dkT_HL.T)
         (key, heads), *_ = unit
@@ -248,10 +207,9 @@ def backward(rule: Rule, blocks: Blocks, *refs):
         blocks.dkeys.write(dk_ref, key, dk)
         blocks.values.write(dv_ref, heads[0], dv)
     e_NL, put_NL, dbeta_NL = columns_LL.T[: 3 * TILE].reshape(3, TILE, CHUNK)
-    reader, token = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-    later_NL = dgates_ref[0] - gates.beta * e_NL
+    later_NL = dgates_ref[0] - beta_NL * e_NL
     dg_NL = dot(later_NL, jnp.where(reader >= token, 1.0, 0.0), "nn", exact=True) + dgates_ref[1]
-    dg_NL += dot(gates.beta * put_NL, jnp.where(reader < token, 1.0, 0.0), "nn", exact=True)
+    dg_NL += dot(beta_NL * put_NL, jnp.where(reader < token, 1.0, 0.0), "nn", exact=True)
     dgates_ref[0] = jnp.where(documents_1L[...] >= 0, dg_NL, 0)
     dgates_ref[1] = dbeta_NL
 

@@ -16,24 +16,31 @@ and D = M X with M = (I + KK beta)^-1. Backward, dS and dS' being the gradients 
     dQK = dO U^T                   d(reads K S) = -dX, which gives dK its share, as dO gives dQ
                                    d(K^T (writes U)) = dS', which gives dK its share writes (U dS'^T)
 
-Residuals are the inputs, the state before each chunk of `CHUNK` tokens and the inverses M.
+Residuals are the inputs, the state before each chunk and the inverses M.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import blocks, chunks, decays
+from pallas_kernels.common.accurate import accurate
 from pallas_kernels.common.decays import ChannelDecay, HeadDecay
 from pallas_kernels.common.documents import clear_padding, fill_padding
 
-# That of the kernels for TPUs, which share residuals. On a CPU 64 takes a tenth less time.
-# 32 is as fast on a CPU but keeps twice the states; 128 takes up to twice as long.
-CHUNK = 64
+# Tokens of a chunk: as many as keys have channels, in these limits. The more tokens are alike in fewer channels, the
+# more of what they write cancels, and the errors with it do not. A state is then as large as the values of its chunk.
+_SHORTEST, _LONGEST = 16, 64
+
+
+def _length(k):
+    return chunks.length(k.shape[1], min(_LONGEST, max(_SHORTEST, chunks.length(k.shape[3], _LONGEST))))
 
 
 def _chunked(q, k, v, beta, g, segment_ids, scale):
     beta, g = clear_padding(beta, segment_ids), clear_padding(g, segment_ids)
-    K, L, dtype = k.shape[2], chunks.length(v.shape[1], CHUNK), jnp.promote_types(v.dtype, jnp.float32)
+    K, L, dtype = k.shape[2], _length(k), jnp.promote_types(v.dtype, jnp.float32)
     q_CBKLH = chunks.split(q, K, L, dtype)[:, :, :, 0] * scale
     k_CBKLH = chunks.split(k, K, L, dtype)[:, :, :, 0]
     v_CBKGLP, beta_CBKGL1 = (chunks.split(x, K, L, dtype) for x in (v, beta[..., None]))
@@ -44,8 +51,7 @@ def _chunked(q, k, v, beta, g, segment_ids, scale):
 
 def _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact):
     """Returns the scores QK and KK and the matrix KK beta, whose errors are those of the result, ten times over."""
-    qk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, :1], k_CBKLH)[:, :, :, 0]
-    kk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, 1:], k_CBKLH, exactly=is_exact)[:, :, :, 0]
+    qk_CBKGLS, kk_CBKGLS = jnp.moveaxis(decay.scores(qk_CBKRLH, k_CBKLH, exactly=is_exact), 3, 0)
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
     kk_CBKGLS = jnp.where(earlier_CBKGLL, kk_CBKGLS, 0)
     return qk_CBKGLS, kk_CBKGLS, kk_CBKGLS * beta_CBKGL1.mT
@@ -55,7 +61,9 @@ def _solve(system_XLL, inverse_XLL, x_XLP, is_exact):
     """Returns d of (I + system) d = x."""
     d_XLP = jnp.matmul(inverse_XLL, x_XLP)
     if is_exact:  # the inverse has errors of its own, which this corrects
-        d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - jnp.matmul(system_XLL, d_XLP))
+        sizes_XLP = jax.lax.cummax(jnp.abs(d_XLP), axis=d_XLP.ndim - 2)
+        found_XLP = accurate(jnp.matmul, system_XLL, d_XLP, axes=(-1, -2), y_sizes=sizes_XLP)
+        d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - found_XLP)
     return d_XLP
 
 
@@ -135,14 +143,17 @@ def backward(scale, residuals, cotangents):
     )
     # 3. The system, and beta: of what is written, less what tokens of the chunk found of it.
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
-    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -jnp.einsum("CBKGLP,CBKGSP->CBKGLS", dv_CBKGLP, d_CBKGLP), 0)
+    # The gradient of g is a sum of many of these that cancel.
+    outer = functools.partial(jnp.einsum, "CBKGLP,CBKGSP->CBKGLS")
+    outer = functools.partial(accurate, outer) if is_exact else outer
+    dsystem_CBKGLS = jnp.where(earlier_CBKGLL, -outer(dv_CBKGLP, d_CBKGLP), 0)
     du_CBKGLP -= jnp.einsum("CBKGLS,CBKGLP->CBKGSP", kk_CBKGLS, dv_CBKGLP)
     dbeta_CBKGL = jnp.sum(d_CBKGLP * du_CBKGLP, axis=-1)
     # 4. Within the chunk.
-    dqk_CBKGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, u_CBKGLP)
+    dqk_CBKGLS = outer(do_CBKGLP, u_CBKGLP)
     scores_CBKRGLS = jnp.stack([qk_CBKGLS, kk_CBKGLS], axis=3)
     dscores_CBKRGLS = jnp.stack([dqk_CBKGLS, dsystem_CBKGLS * beta_CBKGL1.mT], axis=3)
-    dqk_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
+    dqk_CBKRLH, dk_CBKLH, pairs = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, qk_CBKRLH, k_CBKLH)
     # 5. Through the states at the chunk's borders.
     dread_q_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
     dread_k_CBKGLH = -decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", dv_CBKGLP, states_CBKGHP)
@@ -150,10 +161,10 @@ def backward(scale, residuals, cotangents):
     dq_CBKLH = dqk_CBKRLH[:, :, :, 0] + jnp.sum(dread_q_CBKGLH, axis=3)
     dk_CBKLH += dqk_CBKRLH[:, :, :, 1] + jnp.sum(dread_k_CBKGLH + dput_CBKGLH, axis=3)
     # 6. The decays.
-    rows += decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
+    rows = decay.log_sum(q_CBKGLH * dread_q_CBKGLH + k_CBKGLH * dread_k_CBKGLH)
     puts = decay.log_sum(k_CBKGLH * dput_CBKGLH)
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
+    dg_CBKGLX = decay.gradient(pairs, rows, puts, whole)
     T = v.shape[1]
     dbeta_BTN, dg_BTNX = chunks.join(dbeta_CBKGL, T, beta.dtype), chunks.join(dg_CBKGLX, T, g.dtype)
     return (

@@ -4,6 +4,10 @@ The mathematics is that of `xla.py`, in chunks of 128 tokens, with the decays of
 turned around, `S_PH`. What a token reads before its own decay is what the token before it would have read after its
 own: so a is moved up by a token, reads with the decays of q, and what it found is moved down again. The first token of
 a chunk reads the state before it as it is.
+
+In float32 what is read of b u^T and of k v^T is large and cancels, all but a hundredth where keys are alike. So scores
+are `accurate`, both reads are one sum, and what the inverse gives is corrected with it, and with what float32 does not
+hold of the scores.
 """
 
 import functools

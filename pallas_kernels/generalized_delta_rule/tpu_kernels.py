@@ -1,13 +1,29 @@
 """The TPU kernels of the generalized delta rule; `tpu.py` says what they compute."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import triangular
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, halves, join, stack, take
+from pallas_kernels.common.accurate import accurate, with_rest
+from pallas_kernels.common.doubling import (
+    FIRST,
+    SECOND,
+    Pairs,
+    add,
+    beside,
+    dot,
+    fill,
+    halves,
+    join,
+    running_max,
+    stack,
+    take,
+)
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
 # Of a register.
@@ -23,6 +39,23 @@ class Rule:
 
     def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
         return dot(x, y, sides, self.exact)
+
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
+        """Returns the product without the errors of sums of float32, if it is `exact`."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
+        product = functools.partial(self.product, sides=sides)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
+
+    def scores(self, x: jax.Array, y: jax.Array) -> list[jax.Array]:
+        """Returns x y^T. If it is `exact`, that and what float32 does not hold of it."""
+        product = functools.partial(self.product, sides="nt")
+        return with_rest(product, x, y) if self.exact else [product(x, y)]
+
+    def read(self, scores: jax.Array, rest: jax.Array, written: list[jax.Array], sides: str) -> jax.Array:
+        """Returns what is read of b u and k v together: both are large and cancel, all but a hundredth."""
+        sizes = running_max(functools.reduce(jnp.maximum, (jnp.abs(y_LP) for y_LP in written)))
+        sizes, written = stack(*[sizes] * len(written)), stack(*written)
+        return self.accurate(scores, written, sides, sizes) + self.product(rest, written, sides)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:
@@ -94,24 +127,33 @@ def forward(rule, blocks, flags_1L, *refs):
         for n in heads:
             v_LP = tokens.clear(blocks.values.read(v_ref, n))
             decays, S_PH = tokens.decays(blocks.decays.read(g_ref, n)), S_NPH[n]
-            found = [{}, {}, {}, {}]
+            # The products of q and of a with b and with k; of those with a, what float32 does not hold.
+            found = [{} for _ in range(6 if rule.exact else 4)]
             for m, d_LH in decays.levels.items():
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
                 written = _pair(m, FIRST, *(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)))
-                for i, scores in enumerate(halves(product(readers, written, "nt"))):
+                parts = [halves(scores) for scores in rule.scores(readers, written)]
+                for i, scores in enumerate((*parts[0], *(rest for _, rest in parts[1:]))):
                     found[2 * i][m], found[2 * i + 1][m] = _unpair(m, FIRST, scores)
-            qb_LL, qk_LL, ub_LL, uk_LL = (pairs.gather(f, o, SECOND) for f, o in zip(found, own, strict=True))
+            qb_LL, qk_LL, ub_LL, uk_LL, *rest = (
+                pairs.gather(x, of_own, SECOND) for x, of_own in itertools.zip_longest(found, own)
+            )
             of_v, up_v = halves(product(stack(qk_LL, uk_LL), v_LP, "nn"))
             reads = stack(q_LH * decays.reads, a_LH * _down(decays.reads, 1.0))
             read_LP, held_LP = halves(product(reads, S_PH, "nt"))
             systems.append(-_down(ub_LL))
+            of_up = [beside(ub_LL, uk_LL), beside(*rest)] if rule.exact else []
             puts = b_LH * decays.writes, k_LH * decays.writes
-            waiting.append((n, v_LP, held_LP + _down(up_v), read_LP + of_v, qb_LL, stack(*puts), decays.keep_1H))
+            sums = held_LP, held_LP + _down(up_v), read_LP + of_v
+            waiting.append((n, v_LP, of_up, *sums, qb_LL, stack(*puts), decays.keep_1H))
     # 2. What is read in truth; with it all else.
     o, inverses = [], triangular.inverses(systems, rule.exact)
-    for inverse_LL, (n, v_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
+    for inverse_LL, (n, v_LP, of_up, held_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
         S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
+        if rule.exact:
+            read_LP = held_LP + _down(rule.read(*of_up, [u_LP, v_LP], "nn"))
+            u_LP += product(inverse_LL, read_LP - u_LP, "nn")
         if kept:
             states_NPH, inverses_NLL = kept
             states_NPH[n], inverses_NLL[n] = S_PH.astype(states_NPH.dtype), inverse_LL.astype(inverses_NLL.dtype)
@@ -135,21 +177,32 @@ def backward(rule, blocks, *refs):
         reads = stack(q_LH * decays.reads, a_LH * reads_a_LH)
         puts = stack(b_LH * decays.writes, k_LH * decays.writes)
         # 1. What the forward pass knew. Rows of scores are what is read, columns the readers.
-        levels, found = {}, [{}, {}, {}, {}]
+        levels, found = {}, [{} for _ in range(8 if rule.exact else 4)]
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
             readers = _pair(m, SECOND, *(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
             levels[m] = to, of, readers, _pair(m, FIRST, *written)
-            for i, scores in enumerate(halves(product(stack(*written), readers, "nt"))):
+            parts = [halves(scores) for scores in rule.scores(stack(*written), readers)]
+            for i, scores in enumerate(half for part in parts for half in part):
                 found[2 * i][m], found[2 * i + 1][m] = _unpair(m, SECOND, scores)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]
         bq_LL, kq_LL, ku_LL = (pairs.gather(found[i], of_own, FIRST) for i, of_own in zip((0, 2, 3), own, strict=True))
-        held_LP = product(a_LH * reads_a_LH, S_PH, "nt") + _down(product(ku_LL, v_LP, "tn"))
-        u_LP = product(inverse_LL, held_LP, "nn")
+        held_LP = product(a_LH * reads_a_LH, S_PH, "nt")
+        u_LP = product(inverse_LL, held_LP + _down(product(ku_LL, v_LP, "tn")), "nn")
+        of_up = []
+        if rule.exact:  # as in the forward pass
+            bu_LL = pairs.gather(found[1], _row_sum(up_LH * b_LH), FIRST)
+            bu_rest, ku_rest = (pairs.gather(found[i], None, FIRST) for i in (5, 7))
+            read_LP = held_LP + _down(rule.read(stack(bu_LL, ku_LL), stack(bu_rest, ku_rest), [u_LP, v_LP], "tn"))
+            u_LP += product(inverse_LL, read_LP - u_LP, "nn")
+            of_up = [bu_LL, bu_rest]
         # 2. The gradients of what is read and, through the triangular system, of what it is made of.
         from_b, from_k = halves(product(puts, dS_PH, "nt"))
-        dx_LP = product(inverse_LL, product(bq_LL, do_LP, "nn") + from_b, "tn")
+        du_LP = product(bq_LL, do_LP, "nn") + from_b
+        dx_LP = product(inverse_LL, du_LP, "tn")
+        if rule.exact:
+            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.read(*of_up, [_up(dx_LP)], "nn"), "tn")
         dup_LP = _up(dx_LP)
         dreads, written_LP = stack(do_LP, dup_LP), stack(u_LP, v_LP)
         dv_LP = from_k + product(beside(kq_LL, ku_LL), dreads, "nn")
@@ -160,9 +213,11 @@ def backward(rule, blocks, *refs):
         dput_b, dput_k = (decays.writes * d_LH for d_LH in halves(product(written_LP, dS_PH, "nn")))
         dg_LH = decays.keep_1H * jnp.sum(S_PH * dS_PH, axis=0, keepdims=True)
         dg_LH += product(pairs.earlier(), b_LH * dput_b + k_LH * dput_k, "nn")
+        if rule.exact:
+            dg_LH += product(pairs.later(CHUNK), q_LH * dq_far + up_LH * dup_far, "nn")
         dS_NPH[n] = decays.keep_1H * dS_PH + product(stack(do_LP, dx_LP), reads, "tn")
         # 4. Within the chunk.
-        dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(product(dreads, written_LP, "nt"))
+        dqb_LL, dqk_LL, dub_LL, duk_LL = _quarters(rule.accurate(dreads, written_LP, "nt"))
         dbq_LL, dkq_LL, dbu_LL, dku_LL = (x_LL.T for x_LL in (dqb_LL, dqk_LL, dub_LL, duk_LL))
         near = [jnp.zeros_like(q_LH) for _ in range(4)]
         far = [dq_far, dup_far, *(jnp.zeros_like(q_LH) for _ in range(2))]
@@ -177,10 +232,14 @@ def backward(rule, blocks, *refs):
                 for of_written in ((dbq_LL, dbu_LL), (dkq_LL, dku_LL))
             ]
             db, dk = (of * d for d in halves(product(stack(*of_scores), readers, "nn")))
+            if rule.exact:  # without differences, as in `common/decays.py`
+                rows = take(q_LH, m, SECOND) * dq + take(up_LH, m, SECOND) * dup
+                columns = take(b_LH, m, FIRST) * db + take(k_LH, m, FIRST) * dk
+                dg_LH += product(pairs.spans(m), fill(rows, m, SECOND) + fill(columns, m, FIRST), "nn")
             sums = near if m < _ROWS else far
             for i, (d, half) in enumerate(((dq, SECOND), (dup, SECOND), (db, FIRST), (dk, FIRST))):
                 sums[i] = add(sums[i], d, m, half)
-        for reach, (dq, dup, db, dk) in ((_ROWS, near), (CHUNK, far)):
+        for reach, (dq, dup, db, dk) in () if rule.exact else ((_ROWS, near), (CHUNK, far)):
             rows_LH = q_LH * dq + up_LH * dup - b_LH * db - k_LH * dk
             dg_LH += product(pairs.later(reach), rows_LH, "nn")
         # 5. Together, with what tokens read of themselves and a of the token before it.

@@ -4,7 +4,7 @@ The mathematics is that of `xla.py`, in chunks of 128 tokens, with the decays of
 turned around, `S_PH`: decays are then rows, which multiply without being turned. The backward pass runs `states`, which
 walks the row again and leaves the state before each chunk in HBM, then `backward`, from the last chunk to the first.
 
-The gradient of g is as in `common/decays.py`, but for pairs of tokens in one chunk: what they add to rows and cols
+The gradient of g is as in `common/decays.py`, the sum over pairs of tokens a difference of rows and columns, which
 cancels outside of the blocks in which they meet. Rounded products would leave something there, more than what strong
 decays let through; so close pairs are summed over blocks of 8 tokens only.
 

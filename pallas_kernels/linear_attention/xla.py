@@ -67,7 +67,7 @@ def backward(scale, before, inputs, cotangents):
     scores_CBKRGLS = decay.scores(q_CBKRLH, k_CBKLH)
     dscores_CBKRGLS = jnp.einsum("CBKGLP,CBKGSP->CBKGLS", do_CBKGLP, v_CBKGLP)[:, :, :, None]
     dv_CBKGLP = jnp.einsum("CBKGLS,CBKGLP->CBKGSP", scores_CBKRGLS[:, :, :, 0], do_CBKGLP)
-    dq_CBKRLH, dk_CBKLH, rows, cols = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, q_CBKRLH, k_CBKLH)
+    dq_CBKRLH, dk_CBKLH, pairs = decay.scores_backward(dscores_CBKRGLS, scores_CBKRGLS, q_CBKRLH, k_CBKLH)
     # 3. Through the states at the chunk's borders.
     dread_CBKGLH = decay.reads_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", do_CBKGLP, states_CBKGHP)
     dput_CBKGLH = decay.writes_CBKGLX * jnp.einsum("CBKGLP,CBKGHP->CBKGLH", v_CBKGLP, dstates_CBKGHP)
@@ -75,10 +75,10 @@ def backward(scale, before, inputs, cotangents):
     dq_CBKLH = dq_CBKRLH[:, :, :, 0] + jnp.sum(dread_CBKGLH, axis=3)
     dk_CBKLH += jnp.sum(dput_CBKGLH, axis=3)
     # 4. The decays.
-    rows += decay.log_sum(q_CBKLH[:, :, :, None] * dread_CBKGLH)
+    rows = decay.log_sum(q_CBKLH[:, :, :, None] * dread_CBKGLH)
     puts = decay.log_sum(k_CBKLH[:, :, :, None] * dput_CBKGLH)
     whole = decay.keep_CBKGX1[..., 0] * decay.log_sum(jnp.sum(states_CBKGHP * dstates_CBKGHP, axis=-1))
-    dg_CBKGLX = decay.gradient(rows, cols, puts, whole)
+    dg_CBKGLX = decay.gradient(pairs, rows, puts, whole)
     T = v.shape[1]
     return (
         chunks.join(scale * dq_CBKLH[:, :, :, None], T, q.dtype),

@@ -23,11 +23,6 @@ def test_compiles(chip):
 
 
 @pytest.mark.slow
-def test_memory_is_linear():
-    run("tests.aot.memory", "1024", "8192")
-
-
-@pytest.mark.slow
 def test_experts_on_a_pod():
     run("tests.aot.experts")
 

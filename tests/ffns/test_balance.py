@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from efficient_lm import buffers
+from efficient_lm.checkpoint import CheckpointConfig, Checkpoints
 from efficient_lm.config import TrainConfig
+from efficient_lm.costs import model_costs
 from efficient_lm.data import Batch
 from efficient_lm.ffns import MoEConfig
 from efficient_lm.ffns.routers import ReLUConfig, TopKConfig
 from efficient_lm.ffns.routers.base import balance, z_value
-from efficient_lm.flops import active_weights
 from efficient_lm.mixers import AttentionConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig, CosineConfig, MuonConfig, muon_dimensions
@@ -92,6 +93,29 @@ def test_parts_and_devices_give_the_same_bias(mesh):
     np.testing.assert_array_equal(got.periods[0].ffn.router.bias[...], want)
 
 
+def test_bias_goes_on_from_a_checkpoint(tmp_path):
+    cfg = config()
+    optimizer, _ = cfg.optimizer.build(cfg.num_steps)
+    step, init = make_train_step(cfg, cfg.objective.build(), optimizer), jax.jit(lambda: init_state(cfg, optimizer))
+    biases = lambda state: [
+        np.asarray(block.ffn.router.bias[...]) for block in (*state.model.prefix, *state.model.periods)
+    ]
+    state, then = init(), []
+    with Checkpoints(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
+        for i in range(4):
+            state, _ = step(state, batch())
+            then.append(biases(state))
+            if i == 1:
+                checkpoints.save(2, state)
+        _, state = checkpoints.restore(init())
+    assert all(np.any(bias) for bias in biases(state))
+    now = [biases(state)]
+    for _ in range(2):
+        state, _ = step(state, batch())
+        now.append(biases(state))
+    jax.tree.map(np.testing.assert_array_equal, now, then[1:])
+
+
 def test_weight_of_the_loss_follows_the_number_of_experts():
     router = ReLUConfig(expected_experts=1.0, max_experts=8, loss=1e-3, step=1.5)
     _, model, metrics = train(config(router), num_steps=2)
@@ -132,6 +156,6 @@ def test_each_expert_is_a_matrix_to_muon():
 
 
 def test_flops_count_active_experts():
-    model = jax.eval_shape(lambda: config().model.build(rngs=nnx.Rngs(0)))
     attention, router, expert, head = 4 * 16 * 16, 16 * E, 3 * 16 * 12, 16 * 32
-    assert active_weights(model) == 3 * (attention + router + 2 * expert) + head
+    weights, pairs = 3 * (attention + router + 2 * expert) + head, 3 * (2 * 8) * (12 + 1) / 2
+    assert model_costs(config().model, context=12).training_flops == 6 * weights + 3 * 4 * pairs

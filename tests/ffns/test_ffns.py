@@ -13,6 +13,7 @@ from efficient_lm.ffns.routers import (
     SoftConfig,
     TopKConfig,
     TopPConfig,
+    ZeroComputationConfig,
 )
 
 
@@ -40,6 +41,11 @@ TINY = {
     "ReLU": moe(ReLUConfig(expected_experts=2.0, max_experts=6, loss=0.1)),
     "expert choice": moe(ExpertChoiceConfig(experts_per_token_on_average=2.0)),
     "soft": moe(SoftConfig(num_slots=2, seq_len=promises.T)),
+    "MoE++": moe(
+        ZeroComputationConfig(
+            top_k=3, num_null=1, num_copy=2, num_constant=3, expected_experts=1.5, balance_loss=0.1, price=0.5
+        )
+    ),
     "capacity": moe(TopKConfig(top_k=2, capacity_factor=0.75, balance_loss=0.1)),
 }
 

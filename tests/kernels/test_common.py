@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels.common import blocks, chunks, decays
-from pallas_kernels.common.accurate import accurate
+from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
 
 
 @pytest.mark.parametrize("size", [1, 8, 64, 128])
@@ -34,6 +34,19 @@ def test_accurate_products():
     want = x.astype(np.float64) @ y.astype(np.float64).T
     error = lambda got: np.max(np.abs(got - want) / np.maximum(want, 1e-30))
     assert error(jax.jit(lambda x, y: accurate(product, x, y))(x, y)) < 1.2e-7 < error(product(x, y))
+
+
+def test_what_float32_does_not_hold():
+    """Sums of 64 products, and products by themselves: with their rest, right to a hundredth of a last place."""
+    x, y = (3 + np.random.default_rng(i).normal(size=(32, 64)).astype(np.float32) for i in range(2))
+    pairs = {
+        "sums": (jax.jit(lambda x, y: with_rest(lambda x, y: x @ y.T, x, y)), x.astype(np.float64) @ y.T),
+        "entries": (jax.jit(lambda x, y: (x * y, rest_of_product(x, y))), x.astype(np.float64) * y),
+    }
+    for name, (function, want) in pairs.items():
+        total, rest = (np.asarray(part, np.float64) for part in function(x, y))
+        error = lambda got, want=want: np.max(np.abs(got - want)) / np.max(np.abs(want))
+        assert error(total + rest) < 2e-9 < 2e-8 < error(total), name
 
 
 def test_merge_and_part():

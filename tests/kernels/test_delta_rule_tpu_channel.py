@@ -69,38 +69,6 @@ def test_several_steps_share_a_key_head():
     recurrent.check(*compare(arguments(20, 1, 9, 8, 8, B=1), None))
 
 
-@pytest.mark.parametrize("impl", ["tpu", "xla"])
-def test_as_exact_as_the_definition(impl):
-    """No more than three times the rounding of one token after another, where tokens nearly undo what others wrote."""
-    T, H = 4096, 64
-    args = arguments(T, 1, 1, H, H, B=1)
-    rng = np.random.default_rng(0)
-    k = np.sqrt(0.9) * rng.normal(size=H) + np.sqrt(0.1) * rng.normal(size=(1, T, 1, H))
-    k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.float32)
-    g = jnp.zeros_like(args["g"]).at[:, ::50, :, ::3].set(-30)
-    args |= {"k": k, "beta": jnp.full_like(args["beta"], 1.9), "g": g}
-    weights = args["v"][:, ::-1], args["state"].mT
-
-    @functools.partial(recurrent.jit, static_argnames="impl")
-    def run(args, weights, impl):
-        def loss(args):
-            o, state = delta_rule(**args, impl=impl)
-            return sum(jnp.sum(x * weight) for x, weight in zip((o, state), weights, strict=True)), (o, state)
-
-        (_, (o, state)), gradients = jax.value_and_grad(loss, has_aux=True)(args)
-        return {"o": o, "state": state} | {f"d{name}": d for name, d in gradients.items()}
-
-    with pltpu.force_tpu_interpret_mode(ANY):
-        got = run(args, weights, impl)
-    definition = run(args, weights, "ref")
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), (args, weights))
-        want = run(*wide, "ref")
-    ratios = {name: recurrent.error(got[name], x) / recurrent.error(definition[name], x) for name, x in want.items()}
-    assert want["o"].dtype == jnp.float64
-    assert {name: ratio for name, ratio in ratios.items() if not ratio <= 3} == {}
-
-
 def test_causality_to_the_bit():
     args = arguments(140, 1, 1, 64, 64, B=1)
     with pltpu.force_tpu_interpret_mode(TPU):

@@ -12,6 +12,8 @@ from efficient_lm.mixers import (
     ForgettingAttentionConfig,
     GroupedTiedAttentionConfig,
     MLAConfig,
+    MoBAConfig,
+    NativeSparseAttentionConfig,
 )
 from efficient_lm.sharding import make_mesh, shard, spec
 
@@ -118,6 +120,9 @@ NUMBERS = {
     "grouped tied": (GroupedTiedAttentionConfig(**WIDTHS, rotary_dim=4), 2 * 8 + 4, 0, 100),
     "differential": (DifferentialAttentionConfig(**WIDTHS), 2 * (2 * 8 + 16), 0, 100),
     "forgetting": (ForgettingAttentionConfig(**WIDTHS), 2 * 2 * 8, 4, 100),
+    # Whole blocks of 16, and per block one key, or a key and a value: a 16th of it for each token.
+    "MoBA": (MoBAConfig(**WIDTHS, block_size=16, num_blocks=3), 2 * 2 * 8 + 2 * 8 // 16, 0, 112),
+    "NSA": (NativeSparseAttentionConfig(**WIDTHS, block_size=16), 2 * 2 * 8 + 2 * 2 * 8 // 16, 0, 112),
 }
 
 

@@ -32,6 +32,9 @@ from efficient_lm.mixers import (
     MixerConfig,
     MLAConfig,
     MLSTMConfig,
+    MoBAConfig,
+    NativeSparseAttentionConfig,
+    ParallelMixerConfig,
     RetNetConfig,
     RGLRUConfig,
     RWKV6Config,
@@ -49,6 +52,9 @@ TINY = [
     GroupedTiedAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=10, rotary_dim=6),
     MLAConfig(num_heads=4, latent_dim=12, query_rank=10, key_dim=8, rotary_dim=6, value_dim=16),
     MLAConfig(num_heads=4, num_latent_heads=2, latent_dim=12, key_dim=8, rotary_dim=6, value_dim=16),
+    MoBAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=2, num_blocks=4),
+    # Of all blocks but one: a choice among more is so close somewhere that bfloat16 takes another one.
+    NativeSparseAttentionConfig(num_heads=8, num_kv_heads=2, head_dim=6, block_size=2, num_blocks=5, window_size=3),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, conv_size=None),
@@ -69,6 +75,13 @@ TINY = [
     RGLRUConfig(width=48, num_heads=4),
     S4DConfig(state_size=6),
     MambaConfig(d_inner=48, dt_rank=6, state_size=4, inner_norms=True),
+    ParallelMixerConfig(
+        first=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=10),
+        second=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=16),
+        scale="vector",
+        fusion="concatenate",
+        joint_projection=True,
+    ),
 ]
 
 RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
@@ -81,8 +94,14 @@ def test_every_mixer_is_covered():
     assert exported - {MixerConfig} == {type(cfg) for cfg in TINY}
 
 
+def case(cfg):
+    """One process tests all promises of a mixer: they share compiled programs."""
+    name = type(cfg).__name__.removesuffix("Config")
+    return pytest.param(cfg, id=name, marks=pytest.mark.xdist_group(name))
+
+
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", [*TINY, PAIR], ids=lambda cfg: type(cfg).__name__.removesuffix("Config"))
+@pytest.mark.parametrize("cfg", [case(cfg) for cfg in [*TINY, PAIR]])
 def test_promise(cfg, promise):
     promise(cfg)
 

@@ -13,3 +13,5 @@ from efficient_lm.ffns.routers.top_k import TopK as TopK
 from efficient_lm.ffns.routers.top_k import TopKConfig as TopKConfig
 from efficient_lm.ffns.routers.top_p import TopP as TopP
 from efficient_lm.ffns.routers.top_p import TopPConfig as TopPConfig
+from efficient_lm.ffns.routers.zero_computation import ZeroComputation as ZeroComputation
+from efficient_lm.ffns.routers.zero_computation import ZeroComputationConfig as ZeroComputationConfig

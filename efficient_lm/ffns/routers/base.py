@@ -32,6 +32,11 @@ class RouterConfig(abc.ABC):
 class Router(nnx.Module):
     """Sends tokens to experts and puts together what these return: `y, aux = router(x, is_real, experts)`."""
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the floating-point operations per token forward, beside products with weights: most have none."""
+        del seq_len
+        return 0.0
+
     def __call__(
         self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
     ) -> tuple[Float[Array, "B T D"], Aux]:

@@ -5,6 +5,7 @@ documents included.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,11 @@ class Soft(Router):
         kernel_DEC = jax.random.normal(rngs.params(), (D, E, C), jnp.float32) * D**-0.5
         self.kernel = nnx.Param(shard(kernel_DEC, "Dec"), dims="DEC", contracted="D")
         self.scale = nnx.Param(shard(jnp.ones((), jnp.float32), ""))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        del seq_len
+        # To mix the token into every slot, and every slot into the token.
+        return 4.0 * math.prod(self.kernel.shape)
 
     def __call__(
         self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
