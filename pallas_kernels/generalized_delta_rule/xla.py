@@ -99,7 +99,7 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
     # 2. Chunk by chunk: what its tokens read in truth, and the state after it.
     def step(S_BKGHP, chunk):
         system, read_BKGLH, put_BKGLH, written_BKGHP, keep_BKGX1 = chunk
-        u_BKGLP = x.solve(*system, jnp.matmul(read_BKGLH, S_BKGHP))
+        u_BKGLP = x.solve(*system, held_XLP=jnp.matmul(read_BKGLH, S_BKGHP))
         after_BKGHP = keep_BKGX1 * S_BKGHP + written_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", put_BKGLH, u_BKGLP)
         return after_BKGHP, (S_BKGHP, u_BKGLP)
 
@@ -139,7 +139,7 @@ def backward(scale, residuals, cotangents):
 
     def step(dS_BKGHP, chunk):
         du_BKGLP, dread_BKGHP, read_BKGLH, system, put_BKGLH, keep_BKGX1 = chunk
-        dx_BKGLP = x.solve_backward(*system, du_BKGLP + jnp.matmul(put_BKGLH, dS_BKGHP))
+        dx_BKGLP = x.solve_backward(*system, du_XLP=du_BKGLP + jnp.matmul(put_BKGLH, dS_BKGHP))
         before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", read_BKGLH, dx_BKGLP)
         return before_BKGHP, (dS_BKGHP, dx_BKGLP)
 
