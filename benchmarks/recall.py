@@ -2,7 +2,7 @@
 
 A sequence gives keys, each with a value behind it, and then asks for keys anew, most of them soon and some late
 (Zoology, https://arxiv.org/abs/2312.04927). A cache holds as many pairs as it has slots, a recurrent state as many as
-fit. As there, every model begins with a block of short convolutions, which put keys and values together. Here are 64 of
+fit. As there, every model begins with a block of short convolutions, which put keys and values together. Here are 32 of
 each, and blanks between the questions.
 """
 
@@ -37,18 +37,18 @@ from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
 from efficient_lm.objectives import Objective, ObjectiveConfig
 from efficient_lm.optimizer import CosineConfig, MuonConfig
 
-NUM_KEYS = 64
+NUM_KEYS = 32
 VOCABULARY = 1 + 2 * NUM_KEYS  # 0 is a blank; keys; values.
 
-ATTENTION = AttentionConfig(num_heads=2, head_dim=16)
-GATED_DELTANET = GatedDeltaNetConfig(num_heads=2, key_dim=16, value_dim=16)
+ATTENTION = AttentionConfig(num_heads=4, head_dim=16)
+GATED_DELTANET = GatedDeltaNetConfig(num_heads=4, key_dim=16, value_dim=16)
 # The mixers of the blocks that follow the convolutions.
 MODELS: dict[str, tuple[MixerConfig, ...]] = {
     "attention": (ATTENTION,),
     "sliding window of 16": (dataclasses.replace(ATTENTION, window_size=16),),
-    "MoBA, 3 blocks of 8": (MoBAConfig(num_heads=2, head_dim=16, block_size=8, num_blocks=3),),
+    "MoBA, 4 blocks of 4": (MoBAConfig(num_heads=4, head_dim=16, block_size=4, num_blocks=4),),
     "Gated DeltaNet": (GATED_DELTANET,),
-    "Mamba-2": (Mamba2Config(num_heads=2, key_dim=16, value_dim=16),),
+    "Mamba-2": (Mamba2Config(num_heads=4, key_dim=16, value_dim=16),),
     "quickstart's hybrid": (GATED_DELTANET, GATED_DELTANET, ATTENTION),
 }
 
@@ -57,9 +57,9 @@ MODELS: dict[str, tuple[MixerConfig, ...]] = {
 class Recall:
     """Trains tiny models on recall and measures how many pairs they hold."""
 
-    length: int = 128
+    length: int = 64
     """Tokens of a sequence."""
-    num_pairs: tuple[int, ...] = (2, 4, 8, 16, 32)
+    num_pairs: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Pairs of a sequence: each row of a batch has one of these numbers, each number gets a test of its own."""
     num_steps: int = 400
     batch_size: int = 32

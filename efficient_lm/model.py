@@ -161,9 +161,7 @@ class LanguageModel(nnx.Module):
         self.called = nnx.Dict(
             {
                 name: call.build_shared(
-                    cfg.d_model,
-                    calls=sum(other is not None and other.name == name for other in calls),
-                    rngs=nnx.Rngs(params=jax.random.fold_in(layers_key, len(calls) + i)),
+                    cfg.d_model, rngs=nnx.Rngs(params=jax.random.fold_in(layers_key, len(calls) + i))
                 )
                 for i, (name, call) in enumerate(names)
             }

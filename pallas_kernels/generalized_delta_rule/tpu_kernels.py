@@ -53,9 +53,9 @@ class Rule:
 
     def read(self, scores: jax.Array, rest: jax.Array, written: list[jax.Array], sides: str) -> jax.Array:
         """Returns what is read of b u and k v together: both are large and cancel, all but a hundredth."""
-        sizes = running_max(functools.reduce(jnp.maximum, (jnp.abs(y_LP) for y_LP in written)))
-        sizes, written = stack(*[sizes] * len(written)), stack(*written)
-        return self.accurate(scores, written, sides, sizes) + self.product(rest, written, sides)
+        sizes_LP = running_max(functools.reduce(jnp.maximum, (jnp.abs(y_LP) for y_LP in written)))
+        together, sizes = stack(*written), stack(*[sizes_LP] * len(written))
+        return self.accurate(scores, together, sides, sizes) + self.product(rest, together, sides)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:

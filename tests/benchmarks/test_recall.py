@@ -21,7 +21,7 @@ def test_questions():
 
 def test_attention_recalls_one_pair(tmp_path):
     cfg = Recall(length=32, num_pairs=(1,), num_steps=100, only=("attention",), output=tmp_path)
-    # What a model says that has learned nothing is right once in 64 times.
+    # What a model says that has learned nothing is right once in 32 times.
     assert main(cfg)["attention"].shape == (1, 1)
     saved = json.loads((tmp_path / "recall.json").read_text())
     assert saved["accuracy_by_pairs"]["attention"][0][0] > 0.9
