@@ -72,8 +72,7 @@ class _Chunks:
         u_XLP = jnp.matmul(inverse_XLL, own_XLP + held_XLP)
         if self.is_exact:
             scores_XLS, written_XSP = jnp.concatenate([ab_XLL, ak_XLL], -1), jnp.concatenate([u_XLP, v_XLP], -2)
-            sizes_XLP = jax.lax.cummax(jnp.maximum(jnp.abs(u_XLP), jnp.abs(v_XLP)), axis=u_XLP.ndim - 2)
-            sizes_XSP = jnp.concatenate([sizes_XLP, sizes_XLP], -2)
+            sizes_XSP = jnp.abs(written_XSP)
             read_XLP = held_XLP + accurate(jnp.matmul, scores_XLS, written_XSP, axes=(-1, -2), y_sizes=sizes_XSP)
             u_XLP += jnp.matmul(inverse_XLL, read_XLP - u_XLP)
         return u_XLP
@@ -82,7 +81,7 @@ class _Chunks:
         """Returns dX."""
         dx_XLP = jnp.matmul(inverse_XLL.mT, du_XLP)
         if self.is_exact:
-            read_XLP = accurate(jnp.matmul, ab_XLL.mT, dx_XLP, axes=(-1, -2))
+            read_XLP = accurate(jnp.matmul, ab_XLL.mT, dx_XLP, axes=(-1, -2), y_sizes=jnp.abs(dx_XLP))
             dx_XLP += jnp.matmul(inverse_XLL.mT, du_XLP - dx_XLP + read_XLP)
         return dx_XLP
 
