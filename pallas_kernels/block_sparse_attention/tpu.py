@@ -22,7 +22,7 @@ _MASKED, _START = -2e30, -1e30
 _MAX_ROWS = 1024
 _FORWARD_KEYS, _BACKWARD_KEYS = 512, 256
 # Ids that are fetched ahead lie in SMEM, of which there is 1 MB.
-_MAX_IDS = 2**16
+_MAX_IDS = 2**17
 # Keys whose gradients stay in VMEM, and bytes that they may take.
 _MAX_GRADIENT_BYTES = 32 * 2**20
 _VMEM = 64 * 2**20
@@ -35,8 +35,12 @@ def unsupported(options, q, k, v, block_ids):
         return f"q {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be float32 or bfloat16, all the same"
     if options.query_block * G < LANES:
         return f"groups of {options.query_block} queries times {G} heads; they need at least {LANES} rows"
-    if _split(options, G) * G > 2 * _MAX_ROWS:
+    M = _split(options, G)
+    if M * G < LANES:
         return f"{options.query_block} queries that share ids, which are cut into no equal parts"
+    num_ids = block_ids.size * (options.query_block // M)
+    if num_ids > _MAX_IDS:
+        return f"more than {_MAX_IDS} ids at once, and here are {num_ids}"
     if options.block_size % 16 or options.block_size > 512:
         return f"blocks of {options.block_size} keys; they have to be a multiple of 16, at most 512"
     if max(q.shape[3], v.shape[3]) > 256:
@@ -288,7 +292,7 @@ def _numbers(R):
 def _split(options, G):
     """Returns how many queries a step takes of those that share ids: as many as fit."""
     M = options.query_block
-    return next(M // n for n in range(1, M + 1) if M % n == 0 and M // n * G <= _MAX_ROWS)
+    return next((M // n for n in range(1, M + 1) if M % n == 0 and M // n * G <= _MAX_ROWS), 0)
 
 
 def _groups(options, q, k, block_ids):
