@@ -106,7 +106,9 @@ def num_parameters(tree: object) -> int:
 
 def state_bytes(mixer: Mixer, cfg: ModelConfig, max_len: int, batch_size: int = 1) -> int:
     """Returns the memory of the states of sequences in one layer, with room for `max_len` tokens each."""
-    state = jax.eval_shape(lambda: mixer.init_state(batch_size, max_len, cfg.dtype))
+    # On no mesh: devices need not be able to share the sequences.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        state = jax.eval_shape(lambda: mixer.init_state(batch_size, max_len, cfg.dtype))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
