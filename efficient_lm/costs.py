@@ -22,6 +22,7 @@ from efficient_lm.config import TrainConfig
 from efficient_lm.console import console, count
 from efficient_lm.mixers import Mixer
 from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
+from efficient_lm.transformer_call import TransformerCallConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,33 +64,45 @@ def block_costs(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> dict[
     def of(letter: str) -> Costs:
         block = jax.eval_shape(lambda: cfg.blocks[letter].build(cfg.d_model, rngs=nnx.Rngs(0)))
         seen = max(round(block.share * context), 1)
-        mixers, modules, call = [block.mixer], [block], cfg.blocks[letter].call
-        if call is not None:  # Its weights are not the block's, but each call computes with them, and reads them.
-            called = jax.eval_shape(lambda: call.build_shared(cfg.d_model, rngs=nnx.Rngs(0)))
-            mixers, modules = [*mixers, called.attention], [*modules, called]
-        mixing = sum(mixer.flops_per_token(seen) for mixer in mixers)
+        mixing = block.mixer.flops_per_token(seen)
         mixing += 0.0 if block.ffn is None else block.ffn.flops_per_token(seen)
         # Of a state, all is read and one token's part is written; what does not grow is one token's part.
-        moved = sum(state_bytes(mixer, cfg, length) for mixer in mixers for length in (context, 1))
-        read = sum(_used_parameters(module, batch_size) for module in modules)
-        return Costs(
+        moved = state_bytes(block.mixer, cfg, context) + state_bytes(block.mixer, cfg, 1)
+        costs = Costs(
             parameters=num_parameters(block),
             active_parameters=block.share * _used_parameters(block),
-            training_flops=3.0 * block.share * (2.0 * sum(map(_multiplied, modules)) + mixing),
-            state_bytes=sum(state_bytes(mixer, cfg, context, batch_size) for mixer in mixers),
-            decoding_bytes=itemsize * read / batch_size + moved,
+            training_flops=3.0 * block.share * (2.0 * _multiplied(block) + mixing),
+            state_bytes=state_bytes(block.mixer, cfg, context, batch_size),
+            decoding_bytes=itemsize * _used_parameters(block, batch_size) / batch_size + moved,
         )
+        call = cfg.blocks[letter].call
+        return costs if call is None else costs + _call_costs(call, cfg, context=context, batch_size=batch_size)
 
     return {letter: of(letter) for letter in cfg.blocks if letter in cfg.layers.split()}
 
 
+def _call_costs(call: TransformerCallConfig, cfg: ModelConfig, *, context: int, batch_size: int) -> Costs:
+    """Returns what a block costs more that calls a shared transformer; its parameters are there once, about the blocks.
+
+    What each call's adapters make of them counts as if adapters ran beside them.
+    """
+    called = jax.eval_shape(lambda: call.build_shared(cfg.d_model, rngs=nnx.Rngs(0)))
+    attention, itemsize = called.attention, jnp.dtype(cfg.dtype).itemsize
+    moved = state_bytes(attention, cfg, context) + state_bytes(attention, cfg, 1)
+    return Costs(
+        training_flops=3.0 * (2.0 * _multiplied(called) + attention.flops_per_token(context)),
+        state_bytes=state_bytes(attention, cfg, context, batch_size),
+        decoding_bytes=itemsize * num_parameters(called) / batch_size + moved,
+    )
+
+
 def head_costs(cfg: ModelConfig, *, batch_size: int = 1) -> Costs:
-    """Returns the costs of what is about the blocks: the embedding, the last norm, the head, and what blocks share."""
+    """Returns the costs of what is about the blocks: embedding, last norm, head, and parameters that blocks share."""
     model = jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
     head = num_parameters(model.embedding if model.head is None else model.head)
     norm = num_parameters(model.norm)
-    parameters = norm + num_parameters(model.embedding) + num_parameters(model.called)
-    parameters += 0 if model.head is None else head
+    parameters = norm + num_parameters(model.embedding) + (0 if model.head is None else head)
+    parameters += num_parameters(model.called)
     # A token reads its row of the embedding, and the whole head.
     rows = 0 if model.head is None else cfg.d_model
     return Costs(
