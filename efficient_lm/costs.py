@@ -22,6 +22,7 @@ from efficient_lm.config import TrainConfig
 from efficient_lm.console import console, count
 from efficient_lm.mixers import Mixer
 from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
+from efficient_lm.transformer_call import TransformerCallConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,23 +68,41 @@ def block_costs(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> dict[
         mixing += 0.0 if block.ffn is None else block.ffn.flops_per_token(seen)
         # Of a state, all is read and one token's part is written; what does not grow is one token's part.
         moved = state_bytes(block.mixer, cfg, context) + state_bytes(block.mixer, cfg, 1)
-        return Costs(
+        costs = Costs(
             parameters=num_parameters(block),
             active_parameters=block.share * _used_parameters(block),
             training_flops=3.0 * block.share * (2.0 * _multiplied(block) + mixing),
             state_bytes=state_bytes(block.mixer, cfg, context, batch_size),
             decoding_bytes=itemsize * _used_parameters(block, batch_size) / batch_size + moved,
         )
+        call = cfg.blocks[letter].call
+        return costs if call is None else costs + _call_costs(call, cfg, context=context, batch_size=batch_size)
 
     return {letter: of(letter) for letter in cfg.blocks if letter in cfg.layers.split()}
 
 
+def _call_costs(call: TransformerCallConfig, cfg: ModelConfig, *, context: int, batch_size: int) -> Costs:
+    """Returns what a block costs more that calls a shared transformer; its parameters are there once, about the blocks.
+
+    What each call's adapters make of them counts as if adapters ran beside them.
+    """
+    called = jax.eval_shape(lambda: call.build_shared(cfg.d_model, rngs=nnx.Rngs(0)))
+    attention, itemsize = called.attention, jnp.dtype(cfg.dtype).itemsize
+    moved = state_bytes(attention, cfg, context) + state_bytes(attention, cfg, 1)
+    return Costs(
+        training_flops=3.0 * (2.0 * _multiplied(called) + attention.flops_per_token(context)),
+        state_bytes=state_bytes(attention, cfg, context, batch_size),
+        decoding_bytes=itemsize * num_parameters(called) / batch_size + moved,
+    )
+
+
 def head_costs(cfg: ModelConfig, *, batch_size: int = 1) -> Costs:
-    """Returns the costs of what is about the blocks: the embedding, the last norm and the head."""
+    """Returns the costs of what is about the blocks: embedding, last norm, head, and parameters that blocks share."""
     model = jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
     head = num_parameters(model.embedding if model.head is None else model.head)
     norm = num_parameters(model.norm)
     parameters = norm + num_parameters(model.embedding) + (0 if model.head is None else head)
+    parameters += num_parameters(model.called)
     # A token reads its row of the embedding, and the whole head.
     rows = 0 if model.head is None else cfg.d_model
     return Costs(
@@ -100,7 +119,9 @@ def num_parameters(tree: object) -> int:
 
 def state_bytes(mixer: Mixer, cfg: ModelConfig, max_len: int, batch_size: int = 1) -> int:
     """Returns the memory of the states of sequences in one layer, with room for `max_len` tokens each."""
-    state = jax.eval_shape(lambda: mixer.init_state(batch_size, max_len, cfg.dtype))
+    # On no mesh: devices need not be able to share the sequences.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        state = jax.eval_shape(lambda: mixer.init_state(batch_size, max_len, cfg.dtype))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
@@ -168,9 +189,10 @@ def _table(title: str, caption: str, left: tuple[str, ...], right: tuple[str, ..
     table = Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for justify, columns in (("left", left), ("right", right)):
-        for column in columns:
-            table.add_column(column, justify=justify, no_wrap=True)
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.sharding import einsum, per_shard, shard
 
 
@@ -93,7 +93,7 @@ class ShortConv(nnx.Module):
     ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W ..."]]:
         def conv(x, w, bias, state, segment_ids):
             flat = lambda a: a.reshape(*a.shape[:2], math.prod(a.shape[2:]))  # Not -1: there may be no tokens.
-            y, new_state = kernels.short_conv(
+            y, new_state = context.short_conv(
                 flat(x),
                 w.reshape(-1, self.width),
                 bias=None if bias is None else bias.reshape(-1),
@@ -104,7 +104,9 @@ class ShortConv(nnx.Module):
             return y.reshape(x.shape), new_state.reshape(x.shape[0], self.width - 1, *x.shape[2:])
 
         channels = self.dims[2:]
-        run = per_shard(conv, f"{self.dims},{channels}W,{channels},BW{channels},BT", f"{self.dims},BW{channels}")
+        run = per_shard(
+            conv, f"{self.dims},{channels}W,{channels},BW{channels},BT", f"{self.dims},BW{channels}", split_tokens=True
+        )
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         return run(x, self.kernel[...].astype(x.dtype), bias, state, segment_ids)
 
@@ -119,9 +121,9 @@ def token_before(
 
     def shift(x, state, segment_ids):
         w_DW = jnp.tile(jnp.array([1, 0], x.dtype), (x.shape[-1], 1))
-        return kernels.short_conv(x, w_DW, state=state, segment_ids=segment_ids)
+        return context.short_conv(x, w_DW, state=state, segment_ids=segment_ids)
 
-    return per_shard(shift, "BTD,BWD,BT", "BTD,BWD")(x, state, segment_ids)
+    return per_shard(shift, "BTD,BWD,BT", "BTD,BWD", split_tokens=True)(x, state, segment_ids)
 
 
 def rms_normalize(

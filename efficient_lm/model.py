@@ -113,6 +113,10 @@ class ModelConfig:
                         f"{field} {getattr(self, field)!r} has the letter {letter!r}, which names no block; "
                         f"the blocks are {', '.join(self.blocks)} (letters are separated by spaces)"
                     )
+        calls = [call for block in self.blocks.values() if (call := block.call) is not None]
+        for call in calls:
+            if call != next(other for other in calls if other.name == call.name):
+                raise ValueError(f"calls of {call.name!r} differ; those of one name have one set of weights")
         if not self.layers:
             raise ValueError("the model has no blocks: give pattern and num_periods, prefix or tail")
 
@@ -156,18 +160,11 @@ class LanguageModel(nnx.Module):
         firsts = num_prefix + period * jnp.arange(cfg.num_periods)
         self.periods = jax.vmap(lambda first: build(cfg.pattern, first))(firsts) if num_middle else nnx.List([])
         self.tail = build(cfg.tail, num_prefix + num_middle)
-        calls = [cfg.blocks[letter].call for letter in cfg.layers.split()]
-        names = sorted({call.name: call for call in calls if call is not None}.items())
-        self.called = nnx.Dict(
-            {
-                name: call.build_shared(
-                    cfg.d_model,
-                    calls=sum(other is not None and other.name == name for other in calls),
-                    rngs=nnx.Rngs(params=jax.random.fold_in(layers_key, len(calls) + i)),
-                )
-                for i, (name, call) in enumerate(names)
-            }
-        )
+        layers = cfg.layers.split()
+        calls = {call.name: call for letter in layers if (call := cfg.blocks[letter].call) is not None}
+        keys = {name: jax.random.fold_in(layers_key, len(layers) + i) for i, name in enumerate(sorted(calls))}
+        build_shared = lambda name: calls[name].build_shared(cfg.d_model, rngs=nnx.Rngs(params=keys[name]))
+        self.called = nnx.Dict({name: build_shared(name) for name in calls})
         self.norm = RMSNorm(cfg.d_model)
         draw_head = lambda: nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
         self.head = None if cfg.tied_embeddings else draw_head()

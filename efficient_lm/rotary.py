@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_lm.sharding import per_shard
 from pallas_kernels.common.documents import fill_padding
 
 
@@ -87,9 +88,12 @@ def document_positions(
 
     `past` counts the tokens that came before of the row's first document. Padding is not counted.
     """
-    B, T = segment_ids.shape
-    past_B = jnp.zeros((B,), jnp.int32) if past is None else past
-    if T == 0:
+    past_B = jnp.zeros(segment_ids.shape[:1], jnp.int32) if past is None else past
+    return per_shard(_positions, "BT,B", "BT,B")(segment_ids, past_B)
+
+
+def _positions(segment_ids, past_B):
+    if segment_ids.shape[1] == 0:
         return segment_ids, past_B
     ids_BT = fill_padding(segment_ids)
     is_first_BT = ids_BT == ids_BT[:, :1]

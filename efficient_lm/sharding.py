@@ -7,9 +7,10 @@ N heads         K key/value heads     G = N / K          H key width of a head  
 A name that ends in letters says what its dimensions are: `q_BTNH`. Everything here is the identity outside a mesh.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 # The devices that share the experts have rows of the batch of their own, too.
 MESH_AXES = {
     "B": ("data", "expert"),
+    "T": ("context",),
     "D": ("data",),
     "V": ("model",),
     "F": ("model",),
@@ -27,7 +29,7 @@ MESH_AXES = {
     "E": ("expert",),
 }
 
-NAMES = {"B": "rows", "D": "channels", "V": "tokens of the vocabulary", "F": "feed-forward channels"}
+NAMES = {"B": "rows", "T": "tokens", "D": "channels", "V": "tokens of the vocabulary", "F": "feed-forward channels"}
 NAMES |= {"N": "heads", "K": "key/value heads", "E": "experts"}
 
 
@@ -126,26 +128,56 @@ def _einsum_backward(eqn, residuals, dy):
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def per_shard(fn: Callable[..., Any], ins: str, outs: str) -> Callable[..., Any]:
+def per_shard(fn: Callable[..., Any], ins: str, outs: str, *, split_tokens: bool = False) -> Callable[..., Any]:
     """Runs `fn` on each device's own batch and heads, e.g. `per_shard(op, "BTNH,BTN", "BTNP,BNHP")`.
 
-    An argument that is None stays None.
+    Tokens are whole, unless `split_tokens` says that `fn` works on a part of them: token by token, or by the ops of
+    context.py, which know of the others. An argument that is None stays None.
     """
 
     def call(*xs):
-        if jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return fn(*xs)
-        in_specs, out_specs = ([spec(dims) for dims in letters.split(",")] for letters in (ins, outs))
+        in_dims, out_dims = _local(ins, split_tokens), _local(outs, split_tokens)
+        xs = [None if x is None else shard(x, dims) for x, dims in zip(xs, in_dims, strict=True)]
         # check_vma=False: Pallas calls do not say along which mesh axes their outputs vary.
         run = jax.shard_map(
             fn,
-            in_specs=tuple(in_specs),
-            out_specs=tuple(out_specs) if len(out_specs) > 1 else out_specs[0],
+            in_specs=tuple(map(spec, in_dims)),
+            out_specs=tuple(map(spec, out_dims)) if len(out_dims) > 1 else spec(out_dims[0]),
             check_vma=False,
         )
-        return run(*xs)
+        out = run(*xs)
+        if "context" not in mesh.axis_names or split_tokens:
+            return out
+        parts = [out] if len(out_dims) == 1 else out
+        parts = [shard(x, dims) for x, dims in zip(parts, outs.split(","), strict=True)]
+        return parts[0] if len(out_dims) == 1 else tuple(parts)
 
     return call
+
+
+def _local(arrays: str, split_tokens: bool) -> list[str]:
+    """Returns the letters of each array as `spec` takes them: keys lie as their tokens do, whole tokens nowhere."""
+    return (arrays.replace("S", "T") if split_tokens else arrays.replace("T", "t")).split(",")
+
+
+@contextlib.contextmanager
+def undivided(tree: Any) -> Iterator[Any]:
+    """Yields the tree on a mesh whose axes no letter maps to: what is computed with it, all devices compute alike.
+
+    So one prompt of any length goes through a model whose weights lie in parts; they stay where they are.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        yield tree
+        return
+    rename = lambda axes: tuple(f"idle_{axis}" for axis in ([axes] if isinstance(axes, str) else axes or []))
+    idle = Mesh(mesh.devices, rename(mesh.axis_names), axis_types=mesh.axis_types)
+    with jax.set_mesh(idle):
+        place = lambda x: jax.device_put(x, NamedSharding(idle, PartitionSpec(*map(rename, x.sharding.spec))))
+        yield jax.tree.map(place, tree)
 
 
 def sharding(dims: str) -> Sharding:

@@ -148,7 +148,7 @@ class Target:
         there, distance costs nothing.
         """
         line = [slice(None) if axis in axes else 0 for axis in mesh.axis_names]
-        devices = mesh.devices[tuple(line)].flat
+        devices = list(mesh.devices[tuple(line)].flat)
         if not self.chip.dims:
             hosts = {device.process_index for device in devices}
             return self.chip.link_bytes_per_second if len(hosts) == 1 else self.chip.host_bytes_per_second

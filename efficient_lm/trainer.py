@@ -22,7 +22,7 @@ from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
-from efficient_lm.sharding import make_mesh, sharding
+from efficient_lm.sharding import make_mesh, sharding, undivided
 from efficient_lm.signals import stop_signals
 from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -186,10 +186,11 @@ class Run:
         settings, tokenizer = self.cfg.evaluation, self.data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(settings.prompt).tolist()]
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(self.state.step))
-        chunks = generate(
-            self.state.model, [prompt], key, settings.sampling, stop_tokens=[tokenizer.eos_id], tokens_at_once=32
-        )
-        new = np.concatenate([chunk[0] for chunk in chunks])
+        with undivided(self.state.model) as model:
+            chunks = generate(
+                model, [prompt], key, settings.sampling, stop_tokens=[tokenizer.eos_id], tokens_at_once=32
+            )
+            new = np.concatenate([chunk[0] for chunk in chunks])
         return settings.prompt + tokenizer.decode(new[(new >= 0) & (new != tokenizer.eos_id)])
 
     def _finish(self, step: int) -> None:

@@ -33,25 +33,22 @@ class TransformerCallConfig:
         """Returns what one layer has of its own."""
         return TransformerCall(self, d_model, rngs=rngs)
 
-    def build_shared(self, d_model: int, *, calls: int, rngs: nnx.Rngs) -> "SharedTransformer":
-        """Returns what the `calls` of this name have together; FLOPs count its weights that many times."""
-        return SharedTransformer(self, d_model, calls=calls, rngs=rngs)
+    def build_shared(self, d_model: int, *, rngs: nnx.Rngs) -> "SharedTransformer":
+        """Returns what all calls of this name have together."""
+        return SharedTransformer(self, d_model, rngs=rngs)
 
 
 class SharedTransformer(nnx.Module):
     """ffn(norm(attention(norm([x, embedding])))), without residuals."""
 
-    def __init__(self, cfg: TransformerCallConfig, d_model: int, *, calls: int, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerCallConfig, d_model: int, *, rngs: nnx.Rngs):
         D, P = d_model, cfg.attention.value_dim or cfg.attention.head_dim
-        self.calls = calls
         self.attention_norm = RMSNorm(2 * D)
         self.attention = cfg.attention.build(2 * D, rngs=rngs)
         self.attention.o_proj = None  # It would be twice too wide.
         self.o_proj = Einsum("BTNP,NPD->BTD", N=cfg.attention.num_heads, P=P, D=D, rngs=rngs)
         self.ffn_norm = RMSNorm(D)
         self.ffn = cfg.ffn.build(D, rngs=rngs)
-        for variable in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-            variable.set_metadata(share=float(calls))
 
     def __call__(
         self,
@@ -83,7 +80,7 @@ class LowRank(nnx.Module):
 
 class TransformerCall(nnx.Module):
     def __init__(self, cfg: TransformerCallConfig, d_model: int, *, rngs: nnx.Rngs):
-        shapes = jax.eval_shape(lambda: cfg.build_shared(d_model, calls=1, rngs=nnx.Rngs(0)))
+        shapes = jax.eval_shape(lambda: cfg.build_shared(d_model, rngs=nnx.Rngs(0)))
         adapted = [operator.attrgetter(path)(shapes) for path in cfg.adapted]
         self.adapted = cfg.adapted
         self.adapters = nnx.List([LowRank(of, cfg.adapter_rank, rngs=rngs) for of in adapted])

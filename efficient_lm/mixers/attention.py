@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm
 from efficient_lm.mixers.base import HeadsMixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
@@ -97,12 +97,12 @@ class Attention(HeadsMixer):
 
         def op(q, k, v, sinks, *places):
             options = {"window_size": cfg.window_size, "sink_tokens": cfg.sink_tokens, "soft_cap": cfg.soft_cap}
-            return kernels.attention(q, k, v, sinks=sinks, **options, **Places(*places)._asdict())
+            return context.attention(q, k, v, sinks=sinks, **options, **Places(*places)._asdict())
 
         def read(arrays, places, is_cache):
             # Of what is read in two parts, the tokens' own has the sinks: they count once.
             sinks_N = None if self.sinks is None or (is_cache and T > 1) else self.sinks[...]
-            run = per_shard(op, f"BTNH,BSKH,BSKP,N,{Places.dims}", "BTNP,BNT")
+            run = per_shard(op, f"BTNH,BSKH,BSKP,N,{Places.dims}", "BTNP,BNT", split_tokens=True)
             return run(q_BTNH, *arrays, sinks_N, *places)
 
         o_BTNP, state = attend(read, (k_BTKH, v_BTKP), state, ids_BT, positions_BT, length_B)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm, ShortConv, unit_normalize
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -84,9 +84,9 @@ class DeltaNet(HeadsMixer):
         beta_BTN = self.cfg.beta_max * jax.nn.sigmoid(self.beta_proj(x).astype(jnp.float32))
 
         def op(q, k, v, beta, state, segment_ids):
-            return kernels.delta_rule(q, k, v, beta, state=state, segment_ids=segment_ids)
+            return context.delta_rule(q, k, v, beta, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTN,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTN,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH, k_BTNH = unit_normalize(q_BTNH), unit_normalize(k_BTNH)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, beta_BTN, state and state.S, segment_ids)
         return self.norm(o_BTNP), state and DeltaNetState(S_BNHP, q_conv, k_conv, v_conv)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -68,8 +68,8 @@ class GLA(HeadsMixer):
         g_BTNH = jax.nn.log_sigmoid(decay_BTNH) / self.cfg.decay_temperature
 
         def op(q, k, v, g, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
+            return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(self.q_proj(x), self.k_proj(x), self.v_proj(x), g_BTNH, state and state.S, segment_ids)
         return self.norm(o_BTNP, self.gate_proj(x)), state and GLAState(S_BNHP)

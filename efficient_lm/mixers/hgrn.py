@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -61,8 +61,8 @@ class HGRN(Mixer):
         x_BTF = write_BTF * jax.nn.silu(self.x_proj(x).astype(jnp.float32))
 
         def op(a, x, state, segment_ids):
-            return kernels.diagonal_scan(a, x, state=state, segment_ids=segment_ids)
+            return context.diagonal_scan(a, x, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTF,BTF,BF,BT", "BTF,BF")
+        run = per_shard(op, "BTF,BTF,BF,BT", "BTF,BF", split_tokens=True)
         h_BTF, h_BF = run(1 - write_BTF, x_BTF, state and state.h, segment_ids)
         return self.o_proj(self.norm(h_BTF, self.gate_proj(x)).astype(x.dtype)), state and HGRNState(h_BF)

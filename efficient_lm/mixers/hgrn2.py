@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, rms_normalize
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -74,9 +74,9 @@ class HGRN2(Mixer):
         k_BTNH = ((1 - bound) * jax.nn.sigmoid(-forget_BTNH)).astype(x.dtype)
 
         def op(q, k, v, g, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
+            return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH = jax.nn.silu(self.q_proj(x))
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), g_BTNH, state and state.S, segment_ids)
 

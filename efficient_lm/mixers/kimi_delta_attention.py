@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -93,9 +93,9 @@ class KimiDeltaAttention(HeadsMixer):
         g_BTNH = -jnp.exp(self.A_log[...])[:, None] * jax.nn.softplus(dt_BTNH)
 
         def op(q, k, v, beta, g, state, segment_ids):
-            return kernels.delta_rule(q, k, v, beta, g, state=state, segment_ids=segment_ids)
+            return context.delta_rule(q, k, v, beta, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTN,BTNH,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTN,BTNH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH, k_BTNH = unit_normalize(q_BTNH), unit_normalize(k_BTNH)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, beta_BTN, g_BTNH, state and state.S, segment_ids)
 

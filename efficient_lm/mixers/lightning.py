@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, rms_normalize
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -75,9 +75,9 @@ class Lightning(HeadsMixer):
         g_N = shard(-self.cfg.slope_scale * 2.0 ** (-8.0 * jnp.arange(1, N + 1) / N), "N")
 
         def op(q, k, v, g, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids, scale=1.0)
+            return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids, scale=1.0)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, g_N, state and state.S, segment_ids)
 
         # The norm runs over all heads at once.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, ShortConv, decay_parameters, rms_normalize
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -94,9 +94,9 @@ class Mamba2(HeadsMixer):
         write_BTNP = (v_BTNP * dt_BTN[..., None]).astype(x.dtype)
 
         def op(q, k, v, g, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids, scale=1.0)
+            return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids, scale=1.0)
 
-        run = per_shard(op, "BTKH,BTKH,BTNP,BTN,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTKH,BTKH,BTNP,BTN,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTKH, k_BTKH, write_BTNP, g_BTN, state and state.S, segment_ids)
 
         o_BTNP = o_BTNP.astype(jnp.float32) + self.skip[...][:, None] * v_BTNP

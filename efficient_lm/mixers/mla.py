@@ -63,12 +63,12 @@ class MLA(HeadsMixer):
         self.latent_letter = "K" if K > 1 else "J"
         self.q_down_proj = None if U is None else Einsum("BTD,DU->BTU", D=D, U=U, rngs=rngs)
         self.q_norm = None if U is None else RMSNorm(U)
-        q_from = "D" if U is None else "U"
-        self.q_proj = Einsum(
-            f"BT{q_from},{q_from}NH->BTNH", N=N, H=H + cfg.rotary_dim, rngs=rngs, **{q_from: D if U is None else U}
-        )
+        if U is None:
+            self.q_proj = Einsum("BTD,DNH->BTNH", D=D, N=N, H=H + cfg.rotary_dim, rngs=rngs)
+        else:
+            self.q_proj = Einsum("BTU,UNH->BTNH", U=U, N=N, H=H + cfg.rotary_dim, rngs=rngs)
         latent_dims = f"{self.latent_letter}R"
-        self.latent_proj = Einsum(f"BTD,D{latent_dims}->BT{latent_dims}", D=D, R=R, rngs=rngs, **{latent_dims[0]: K})
+        self.latent_proj = Einsum(f"BTD,D{latent_dims}->BT{latent_dims}", D=D, K=K, J=K, R=R, rngs=rngs)
         self.latent_scale = nnx.Param(shard(jnp.ones((K, R), jnp.float32), latent_dims))
         self.shared_proj = Einsum("BTD,DH->BTH", D=D, H=cfg.rotary_dim, rngs=rngs)
         # Each head reads the latent of its group.

@@ -71,8 +71,8 @@ class ParallelMixer(Mixer):
         self.o_proj = Einsum("BTF,FD->BTD", F=F, D=d_model, rngs=rngs) if cfg.joint_projection else None
         if cfg.joint_projection:
             first.o_proj = second.o_proj = None
-        out, width = ("F", F) if cfg.joint_projection else ("J", d_model)
-        gate = lambda: Einsum(f"BTD,D{out}->BT{out}", D=d_model, rngs=rngs, **{out: width})
+        out = "F" if cfg.joint_projection else "J"
+        gate = lambda: Einsum(f"BTD,D{out}->BT{out}", D=d_model, F=F, J=d_model, rngs=rngs)
         self.gate_proj = gate() if cfg.fusion == "gate" else None
         self.first, self.second = first, second
 

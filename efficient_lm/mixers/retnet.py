@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
@@ -82,8 +82,8 @@ class RetNet(HeadsMixer):
         g_N = shard(jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.cfg.num_heads)))), "N")
 
         def op(q, k, v, g, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
+            return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), g_N, state and state.S, segment_ids)
         return self.norm(o_BTNP, self.gate_proj(x)), state and RetNetState(S_BNHP, length_B)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, layer_normalize, token_before
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -97,9 +97,9 @@ class RWKV6(Mixer):
         g_BTNH = -jnp.exp(jnp.minimum(decay_BTNH + self.decay_bias[...], 5.0))
 
         def op(q, k, v, g, bonus, state, segment_ids):
-            return kernels.linear_attention(q, k, v, g, bonus=bonus, state=state, segment_ids=segment_ids, scale=1.0)
+            return context.linear_attention(q, k, v, g, bonus=bonus, state=state, segment_ids=segment_ids, scale=1.0)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,NH,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,NH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH, k_BTNH, v_BTNP = self.q_proj(for_q), self.k_proj(for_k), self.v_proj(for_v)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, g_BTNH, self.bonus[...], state and state.S, segment_ids)
 

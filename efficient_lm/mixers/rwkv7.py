@@ -9,6 +9,7 @@ decays are strong. The paper shows that layers of such transitions track states:
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class LowRank(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array] = lambda x: x,
         rngs: nnx.Rngs,
-        **sizes: int,
+        **sizes: Any,
     ):
         self.activation = activation
         self.down_proj = Einsum("BTD,DR->BTR", R=rank, rngs=rngs, **sizes)

@@ -49,5 +49,5 @@ def _head_loss(
         return kernels.linear_cross_entropy(x, w, targets, weights=weights_BT, **options)
 
     # Every device needs the whole head for its own tokens.
-    run = per_shard(op, "BTD,,BT,BT", "BT,BT")
+    run = per_shard(op, "BTD,,BT,BT", "BT,BT", split_tokens=True)
     return run(x_BTD, shard(model.head_DV(), ""), batch.targets, batch.segment_ids)

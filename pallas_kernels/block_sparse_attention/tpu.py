@@ -57,7 +57,7 @@ def backward(options, residuals, cotangents):
         ids = canonical(block_ids - start // L, -(-(at.stop - start) // L))
         parts.append(run(jnp.dtype(jnp.float32), at, ids))
     dq, dk, dv = zip(*parts, strict=True)
-    return sum(dq).astype(q.dtype), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+    return functools.reduce(jnp.add, dq).astype(q.dtype), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
 
 
 def _call(direction, options, statics, q, k, v, block_ids, *rest):

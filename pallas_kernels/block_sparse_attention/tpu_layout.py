@@ -127,7 +127,7 @@ def wrap(distance):
 
 def store(pairs, done) -> None:
     """Copies, of each pair, the first to the second; `done` has a semaphore for each."""
-    copies = [pltpu.make_async_copy(*pair, done.at[i]) for i, pair in enumerate(pairs)]
+    copies = [pltpu.make_async_copy(of, to, done.at[i]) for i, (of, to) in enumerate(pairs)]
     for copy in copies:
         copy.start()
     for copy in copies:

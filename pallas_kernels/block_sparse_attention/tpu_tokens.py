@@ -17,6 +17,7 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
     NEVER,
     NOWHERE,
     key_blocks,
+    lanes,
     query_range,
     store,
     widen,

@@ -20,12 +20,13 @@ def accurate(
 ) -> jax.Array:
     """Returns `product(x, y)`, which sums over one axis of x and one of y, `axes`; 512 numbers at most.
 
-    y_sizes: about the largest number of y that comes into the same sums, in place of that along the axis: where it runs
-      over tokens, later ones would change the last bits of earlier ones.
-
     The upper eight bits of x and y, counted from the largest number along the axis, are multiples of one number, and so
     are their products and all sums of those: float32 holds them exactly, in whatever order they are added. What the
     lower bits add is small, and so is the error of it.
+
+    Args:
+      y_sizes: what to count the bits of y from instead, such as the sizes of its own numbers: where the axis runs over
+        tokens, later ones would change the last bits of earlier ones. Sums then are exact but for small numbers.
     """
     if x.dtype != jnp.float32:
         return product(x, y)

@@ -29,15 +29,6 @@ def dot(x: jax.Array, y: jax.Array, sides: str, exact: bool) -> jax.Array:
     return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def running_max(x_LX: jax.Array) -> jax.Array:
-    """Returns the largest of each row and those before it, of numbers that are not negative."""
-    row, m = jax.lax.broadcasted_iota(jnp.int32, x_LX.shape, 0), 1
-    while m < x_LX.shape[0]:
-        x_LX = jnp.maximum(x_LX, jnp.where(row >= m, pltpu.roll(x_LX, m, 0), 0))
-        m *= 2
-    return x_LX
-
-
 def _split(x_LX: jax.Array, m: int) -> list[jax.Array]:
     x_n2mX = x_LX.reshape(-1, 2, m, x_LX.shape[-1])
     return [x_n2mX[:, half].reshape(-1, x_LX.shape[-1]) for half in (FIRST, SECOND)]

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import triangular
 from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
-from pallas_kernels.common.doubling import dot, running_max
+from pallas_kernels.common.doubling import dot
 from pallas_kernels.common.gates import CHUNK, Gates, column, widen
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
@@ -70,7 +70,7 @@ class Rule:
         d_LP = self.product(inverse_LL, x_LP)
         if self.exact:  # the inverse has errors of its own, which this corrects
             a_LL, rest_LL = system
-            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides, running_max(jnp.abs(d_LP)))
+            found_LP = x_LP - d_LP - self.accurate(a_LL, d_LP, sides, jnp.abs(d_LP))
             found_LP -= self.product(rest_LL, d_LP, sides)
             d_LP += self.product(inverse_LL, found_LP)
         return d_LP

@@ -49,9 +49,10 @@ def _chunked(q, k, v, beta, g, segment_ids, scale):
     return jnp.stack([q_CBKLH, k_CBKLH], axis=3), k_CBKLH, v_CBKGLP, beta_CBKGL1, decay
 
 
-def _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact):
+def _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, exactly_q, exactly_k):
     """Returns the scores QK and KK and the matrix KK beta, whose errors are those of the result, ten times over."""
-    qk_CBKGLS, kk_CBKGLS = jnp.moveaxis(decay.scores(qk_CBKRLH, k_CBKLH, exactly=is_exact), 3, 0)
+    qk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, :1], k_CBKLH, exactly_q)[:, :, :, 0]
+    kk_CBKGLS = decay.scores(qk_CBKRLH[:, :, :, 1:], k_CBKLH, exactly_k)[:, :, :, 0]
     earlier_CBKGLL = decays.lower(k_CBKLH.shape[3], -1)[:, :, :, 0]
     kk_CBKGLS = jnp.where(earlier_CBKGLL, kk_CBKGLS, 0)
     return qk_CBKGLS, kk_CBKGLS, kk_CBKGLS * beta_CBKGL1.mT
@@ -61,8 +62,7 @@ def _solve(system_XLL, inverse_XLL, x_XLP, is_exact):
     """Returns d of (I + system) d = x."""
     d_XLP = jnp.matmul(inverse_XLL, x_XLP)
     if is_exact:  # the inverse has errors of its own, which this corrects
-        sizes_XLP = jax.lax.cummax(jnp.abs(d_XLP), axis=d_XLP.ndim - 2)
-        found_XLP = accurate(jnp.matmul, system_XLL, d_XLP, axes=(-1, -2), y_sizes=sizes_XLP)
+        found_XLP = accurate(jnp.matmul, system_XLL, d_XLP, axes=(-1, -2), y_sizes=jnp.abs(d_XLP))
         d_XLP += jnp.matmul(inverse_XLL, x_XLP - d_XLP - found_XLP)
     return d_XLP
 
@@ -81,7 +81,7 @@ def forward(keep, scale, q, k, v, beta, g, state, segment_ids):
     q_CBKLH = qk_CBKRLH[:, :, :, 0]
     k_CBKGLH, is_exact = k_CBKLH[:, :, :, None], _is_exact(q, k, v)
     # 1. The systems.
-    qk_CBKGLS, _, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact)
+    qk_CBKGLS, _, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, False, is_exact)
     inverse_CBKGLL = blocks.inverse(system_CBKGLL)
 
     # 2. Chunk by chunk: what its tokens write, and the state after it.
@@ -116,7 +116,7 @@ def backward(scale, residuals, cotangents):
     do_CBKGLP = chunks.split(clear_padding(do, segment_ids), k.shape[2], v_CBKGLP.shape[4], v_CBKGLP.dtype)
     k_CBKGLH, q_CBKGLH, is_exact = k_CBKLH[:, :, :, None], q_CBKLH[:, :, :, None], _is_exact(q, k, v)
     # 1. What the forward pass knew.
-    qk_CBKGLS, kk_CBKGLS, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact)
+    qk_CBKGLS, kk_CBKGLS, system_CBKGLL = _system(qk_CBKRLH, k_CBKLH, beta_CBKGL1, decay, is_exact, is_exact)
     read_CBKGLH, put_CBKGLH = decay.reads_CBKGLX * k_CBKGLH, decay.writes_CBKGLX * k_CBKGLH
     x_CBKGLP = v_CBKGLP - decay.apply(k_CBKLH, decay.reads_CBKGLX, states_CBKGHP)
     d_CBKGLP = _solve(system_CBKGLL, inverse_CBKGLL, x_CBKGLP, is_exact)

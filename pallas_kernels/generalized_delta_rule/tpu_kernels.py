@@ -20,7 +20,6 @@ from pallas_kernels.common.doubling import (
     fill,
     halves,
     join,
-    running_max,
     stack,
     take,
 )
@@ -51,11 +50,9 @@ class Rule:
         product = functools.partial(self.product, sides="nt")
         return with_rest(product, x, y) if self.exact else [product(x, y)]
 
-    def read(self, scores: jax.Array, rest: jax.Array, written: list[jax.Array], sides: str) -> jax.Array:
+    def read(self, scores: jax.Array, rest: jax.Array, written: jax.Array, sides: str) -> jax.Array:
         """Returns what is read of b u and k v together: both are large and cancel, all but a hundredth."""
-        sizes = running_max(functools.reduce(jnp.maximum, (jnp.abs(y_LP) for y_LP in written)))
-        sizes, written = stack(*[sizes] * len(written)), stack(*written)
-        return self.accurate(scores, written, sides, sizes) + self.product(rest, written, sides)
+        return self.accurate(scores, written, sides, jnp.abs(written)) + self.product(rest, written, sides)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:
@@ -152,7 +149,7 @@ def forward(rule, blocks, flags_1L, *refs):
     for inverse_LL, (n, v_LP, of_up, held_LP, x_LP, o_LP, qb_LL, puts, keep_1H) in zip(inverses, waiting, strict=True):
         S_PH, u_LP = S_NPH[n], product(inverse_LL, x_LP, "nn")
         if rule.exact:
-            read_LP = held_LP + _down(rule.read(*of_up, [u_LP, v_LP], "nn"))
+            read_LP = held_LP + _down(rule.read(*of_up, stack(u_LP, v_LP), "nn"))
             u_LP += product(inverse_LL, read_LP - u_LP, "nn")
         if kept:
             states_NPH, inverses_NLL = kept
@@ -194,7 +191,7 @@ def backward(rule, blocks, *refs):
         if rule.exact:  # as in the forward pass
             bu_LL = pairs.gather(found[1], _row_sum(up_LH * b_LH), FIRST)
             bu_rest, ku_rest = (pairs.gather(found[i], None, FIRST) for i in (5, 7))
-            read_LP = held_LP + _down(rule.read(stack(bu_LL, ku_LL), stack(bu_rest, ku_rest), [u_LP, v_LP], "tn"))
+            read_LP = held_LP + _down(rule.read(stack(bu_LL, ku_LL), stack(bu_rest, ku_rest), stack(u_LP, v_LP), "tn"))
             u_LP += product(inverse_LL, read_LP - u_LP, "nn")
             of_up = [bu_LL, bu_rest]
         # 2. The gradients of what is read and, through the triangular system, of what it is made of.
@@ -202,7 +199,7 @@ def backward(rule, blocks, *refs):
         du_LP = product(bq_LL, do_LP, "nn") + from_b
         dx_LP = product(inverse_LL, du_LP, "tn")
         if rule.exact:
-            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.read(*of_up, [_up(dx_LP)], "nn"), "tn")
+            dx_LP += product(inverse_LL, du_LP - dx_LP + rule.read(*of_up, _up(dx_LP), "nn"), "tn")
         dup_LP = _up(dx_LP)
         dreads, written_LP = stack(do_LP, dup_LP), stack(u_LP, v_LP)
         dv_LP = from_k + product(beside(kq_LL, ku_LL), dreads, "nn")

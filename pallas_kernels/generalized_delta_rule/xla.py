@@ -72,8 +72,7 @@ class _Chunks:
         u_XLP = jnp.matmul(inverse_XLL, own_XLP + held_XLP)
         if self.is_exact:
             scores_XLS, written_XSP = jnp.concatenate([ab_XLL, ak_XLL], -1), jnp.concatenate([u_XLP, v_XLP], -2)
-            sizes_XLP = jax.lax.cummax(jnp.maximum(jnp.abs(u_XLP), jnp.abs(v_XLP)), axis=u_XLP.ndim - 2)
-            sizes_XSP = jnp.concatenate([sizes_XLP, sizes_XLP], -2)
+            sizes_XSP = jnp.abs(written_XSP)
             read_XLP = held_XLP + accurate(jnp.matmul, scores_XLS, written_XSP, axes=(-1, -2), y_sizes=sizes_XSP)
             u_XLP += jnp.matmul(inverse_XLL, read_XLP - u_XLP)
         return u_XLP
@@ -82,7 +81,7 @@ class _Chunks:
         """Returns dX."""
         dx_XLP = jnp.matmul(inverse_XLL.mT, du_XLP)
         if self.is_exact:
-            read_XLP = accurate(jnp.matmul, ab_XLL.mT, dx_XLP, axes=(-1, -2))
+            read_XLP = accurate(jnp.matmul, ab_XLL.mT, dx_XLP, axes=(-1, -2), y_sizes=jnp.abs(dx_XLP))
             dx_XLP += jnp.matmul(inverse_XLL.mT, du_XLP - dx_XLP + read_XLP)
         return dx_XLP
 
@@ -98,8 +97,8 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
 
     # 2. Chunk by chunk: what its tokens read in truth, and the state after it.
     def step(S_BKGHP, chunk):
-        *system, v_BKGLP, own_BKGLP, read_BKGLH, put_BKGLH, written_BKGHP, keep_BKGX1 = chunk
-        u_BKGLP = x.solve(*system, v_BKGLP, own_BKGLP, jnp.matmul(read_BKGLH, S_BKGHP))
+        system, read_BKGLH, put_BKGLH, written_BKGHP, keep_BKGX1 = chunk
+        u_BKGLP = x.solve(*system, held_XLP=jnp.matmul(read_BKGLH, S_BKGHP))
         after_BKGHP = keep_BKGX1 * S_BKGHP + written_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", put_BKGLH, u_BKGLP)
         return after_BKGHP, (S_BKGHP, u_BKGLP)
 
@@ -108,7 +107,7 @@ def forward(keep, scale, q, k, v, a, b, g, state, segment_ids):
         step,
         state.reshape(*x.v_CBKGLP.shape[1:4], H, P),
         (
-            *(ab_CBKGLS, ak_CBKGLS, inverse_CBKGLL, x.v_CBKGLP, own_CBKGLP),
+            (ab_CBKGLS, ak_CBKGLS, inverse_CBKGLL, x.v_CBKGLP, own_CBKGLP),
             *(x.read_a_CBKGLH, x.put_b_CBKGLH, written_CBKGHP, x.for_q.keep_CBKGX1),
         ),
     )
@@ -138,8 +137,8 @@ def backward(scale, residuals, cotangents):
     dread_CBKGHP = x.for_q.outer(x.q_CBKLH, x.for_q.reads_CBKGLX, do_CBKGLP)
 
     def step(dS_BKGHP, chunk):
-        du_BKGLP, dread_BKGHP, read_BKGLH, *system, put_BKGLH, keep_BKGX1 = chunk
-        dx_BKGLP = x.solve_backward(*system, du_BKGLP + jnp.matmul(put_BKGLH, dS_BKGHP))
+        du_BKGLP, dread_BKGHP, read_BKGLH, system, put_BKGLH, keep_BKGX1 = chunk
+        dx_BKGLP = x.solve_backward(*system, du_XLP=du_BKGLP + jnp.matmul(put_BKGLH, dS_BKGHP))
         before_BKGHP = keep_BKGX1 * dS_BKGHP + dread_BKGHP + jnp.einsum("BKGLH,BKGLP->BKGHP", read_BKGLH, dx_BKGLP)
         return before_BKGHP, (dS_BKGHP, dx_BKGLP)
 
@@ -148,7 +147,8 @@ def backward(scale, residuals, cotangents):
         dlast.reshape(states_CBKGHP.shape[1:]),
         (
             *(du_CBKGLP, dread_CBKGHP, x.read_a_CBKGLH),
-            *(ab_CBKGLS, inverse_CBKGLL, x.put_b_CBKGLH, x.for_q.keep_CBKGX1),
+            (ab_CBKGLS, inverse_CBKGLL),
+            *(x.put_b_CBKGLH, x.for_q.keep_CBKGX1),
         ),
         reverse=True,
     )

@@ -12,7 +12,7 @@ from efficient_lm.mixers import AttentionConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig
 from efficient_lm.plan import make_plan
-from efficient_lm.topologies import parse_target, prepare_compilers
+from efficient_lm.topologies import Target, parse_target, prepare_compilers, target_mesh
 
 V, D, F, H, LAYERS = 1024, 256, 512, 128, 3
 FFN = MLPConfig(d_ff=F)
@@ -43,6 +43,7 @@ def main() -> int:
     # A row of so many tokens: the residuals of one layer alone are more than a chip has.
     large = make_plan(dataclasses.replace(CFG, batch_size=2**14, seq_len=2**13), target, axes)
     print(f"{large.peak_bytes / 2**30:.1f} GiB of {large.chip_bytes / 2**30:.2f}")
+    rate = lambda name, axes, along: _rate(parse_target(name), axes, along) / 1e9
     failed = 0
     for promise, holds in (
         ("parameters are what arithmetic says", plan.memory["parameters"] == parameters),
@@ -55,10 +56,18 @@ def main() -> int:
         ("gradients are scattered along data", sent.get(("reduce-scatter", ("data",)), 0) == LAYERS),
         # After attention and the MLP, forward and again; before them, backward; and the embedding's rows.
         ("activations are added along model", sent.get(("all-reduce", ("model",)), 0) == 5 * LAYERS + 1),
+        # Links of 50 GB/s: four to a chip of a whole torus, two along one of its rings, one at the end of a line.
+        ("a torus has four links", rate("v5e:16x16", {"data": 256}, "data") == 200),
+        ("a ring has two links", rate("v5e:16x16", {"data": 16, "model": 16}, "model") == 100),
+        ("a line has one link", rate("v5e:2x2", axes, "model") == 50),
     ):
         failed += not holds
         print(f"{promise}: {'yes' if holds else 'NO'}", flush=True)
     return failed
+
+
+def _rate(target: Target, axes: dict[str, int], along: str) -> float:
+    return target.bytes_per_second(target_mesh(target, axes), (along,))
 
 
 if __name__ == "__main__":

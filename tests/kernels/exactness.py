@@ -24,7 +24,7 @@ DECAYS, GATES, WIDTHS = ("none", "token", "channel"), ("open", "closed", "mixed"
 def log_decays(decay: str, gate: str, T: int, H: int, rng: np.random.Generator) -> np.ndarray:
     g = np.zeros((1, T, 1) if decay == "token" else (1, T, 1, H))
     if gate == "closed":
-        g[:, ::50, :, ::3] = -30
+        g[(slice(None), slice(None, None, 50), slice(None), slice(None, None, 3))[: g.ndim]] = -30
     return -30 * rng.uniform(size=g.shape) ** 6 if gate == "mixed" else g
 
 

@@ -39,14 +39,14 @@ def check(got: dict, want: dict) -> None:
 
 def run(op, arguments: dict) -> dict:
     """Returns o, state and the gradients of the arguments, with random cotangents on both outputs."""
+    return jax.tree.map(np.asarray, _values_and_gradients(op, arguments))
 
-    @jit
-    def values_and_gradients(arguments):
-        (o, state), vjp = jax.vjp(lambda arguments: op(**arguments), arguments)
-        do, dstate = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in ((90, o), (91, state)))
-        return {"o": o, "state": state} | {f"d{name}": d for name, d in vjp((do, dstate))[0].items()}
 
-    return jax.tree.map(np.asarray, values_and_gradients(arguments))
+@functools.partial(jit, static_argnums=0)
+def _values_and_gradients(op, arguments):
+    (o, state), vjp = jax.vjp(lambda arguments: op(**arguments), arguments)
+    do, dstate = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in ((90, o), (91, state)))
+    return {"o": o, "state": state} | {f"d{name}": d for name, d in vjp((do, dstate))[0].items()}
 
 
 def log_decays(shape: tuple[int, ...]) -> jax.Array:

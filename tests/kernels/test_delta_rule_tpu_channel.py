@@ -53,11 +53,11 @@ def test_agrees_with_the_definition(T, K, N, H, P, packed):
     recurrent.check(*compare(arguments(T, K, N, H, P), jnp.asarray(recurrent.documents(T)) if packed else None))
 
 
-@pytest.mark.parametrize(("K", "N"), [(1, 2), (8, 8)])
+@pytest.mark.parametrize(("K", "N"), [(1, 2), (4, 4)])
 def test_bfloat16(K, N):
     """Within 1e-2 and 2e-2: operands of products are rounded to 8 bits, gradients go through two such products."""
-    args = arguments(140, K, N, 64, 64, dtype=jnp.bfloat16)
-    got, want = compare(args, jnp.asarray(recurrent.documents(140)))
+    args = arguments(140, K, N, 64, 64, dtype=jnp.bfloat16, B=1)
+    got, want = compare(args, jnp.asarray(recurrent.documents(140))[:1])
     assert got["o"].dtype == got["dq"].dtype == jnp.bfloat16
     errors = {name: recurrent.error(got[name], want[name]) for name in want}
     limits = {name: 1e-2 if name in ("o", "state") else 2e-2 for name in want}

@@ -72,8 +72,8 @@ def test_several_steps_share_a_key_head():
     recurrent.check(*compare(arguments(20, 1, 9, 8, 8, B=1), None))
 
 
-def test_eight_heads():
-    recurrent.check(*compare(arguments(20, 8, 8, 8, 8, B=1), None))
+def test_heads_in_place():
+    recurrent.check(*compare(arguments(20, 4, 4, 8, 8, B=1), None))
 
 
 def test_causality_to_the_bit():
