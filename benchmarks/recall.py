@@ -61,7 +61,7 @@ class Recall:
     """Tokens of a sequence."""
     num_pairs: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Pairs of a sequence: each row of a batch has one of these numbers, each number gets a test of its own."""
-    num_steps: int = 400
+    num_steps: int = 500
     batch_size: int = 32
     learning_rate: float = 1e-2
     num_seeds: int = 1
