@@ -7,7 +7,7 @@ masked there, because a pass of XLA over an array costs as much as a kernel's re
 
 The backward pass is two kernels: `states` walks the row again and leaves the state before each step in HBM, `backward`
 goes from the last step to the first. Had the forward pass kept these states, 256 bytes per token and head of width 128
-(q, k, v and o in bfloat16 are 1024), `states` would not be needed: by libtpu's schedule and its bandwidth 1.0 of 8.2
+(q, k, v and o in bfloat16 are 1024), `states` would not be needed: by libtpu's schedule and its bandwidth 1.0 of 8.9
 cycles on v5e. It is run all the same: the residuals are the inputs then, one contract for all platforms, a forward pass
 is the same whether it is differentiated or not, and a block under `jax.checkpoint` writes no states only to drop them.
 """
