@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 # The devices that share the experts have rows of the batch of their own, too.
@@ -39,9 +40,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     Raises:
       ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
     """
-    sizes = mesh_sizes(axes, jax.device_count() if devices is None else len(devices))
-    explicit = (AxisType.Explicit,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(axes, len(devices))
+    # As jax.make_mesh, which refuses a mesh of 8 x 8 on a torus of 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def mesh_sizes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:
