@@ -34,9 +34,11 @@ def differentiate(mixer, x_BTD, dy_BTD, segment_ids=None):
     return y_BTD, grads
 
 
-@functools.cache
 def build(cfg: MixerConfig) -> Mixer:
     return cfg.build(D_MODEL, rngs=nnx.Rngs(0))
+
+
+built = functools.cache(build)
 
 
 def inputs(seed: int = 1) -> jax.Array:
@@ -54,7 +56,7 @@ def assert_close(got, want, tolerance, what):
 
 def cut_anywhere(cfg: MixerConfig) -> None:
     """Prefill, chunked prefill and decoding give what one pass gives."""
-    mixer, x_BTD = build(cfg), inputs()
+    mixer, x_BTD = built(cfg), inputs()
     whole_BTD, none = call(mixer, x_BTD)
     assert none is None, "without a state the mixer must not return one"
     for lengths in ((6, 0, 6), (0, 6, *[1] * 6), [1] * T):
@@ -68,7 +70,7 @@ def cut_anywhere(cfg: MixerConfig) -> None:
 
 def cut_packed(cfg: MixerConfig) -> None:
     """Rows are cut inside documents; the state belongs to the one that goes on."""
-    mixer, x_BTD = build(cfg), inputs()
+    mixer, x_BTD = built(cfg), inputs()
     whole_BTD, _ = call(mixer, x_BTD, None, PACKED)
     state, parts = mixer.init_state(B, T), []
     for part in (slice(0, 3), slice(3, 9), slice(9, T)):
@@ -79,7 +81,7 @@ def cut_packed(cfg: MixerConfig) -> None:
 
 def future_does_not_leak(cfg: MixerConfig) -> None:
     """Outputs do not depend on later tokens, to the bit; and do on all earlier ones."""
-    mixer, x_BTD, t = build(cfg), inputs(), 6
+    mixer, x_BTD, t = built(cfg), inputs(), 6
     changed_BTD = x_BTD.at[:, t + 1 :].multiply(-3.0)
     y_BTD, other_BTD = call(mixer, x_BTD)[0], call(mixer, changed_BTD)[0]
     assert np.array_equal(y_BTD[:, : t + 1], other_BTD[:, : t + 1]), "later tokens changed earlier outputs"
@@ -91,7 +93,7 @@ def future_does_not_leak(cfg: MixerConfig) -> None:
 
 def packed_equals_separate(cfg: MixerConfig) -> None:
     """Documents in one row, with padding about them, give the values and gradients of rows of their own."""
-    mixer, x_BTD, dy_BTD = build(cfg), inputs(), inputs(seed=2)
+    mixer, x_BTD, dy_BTD = built(cfg), inputs(), inputs(seed=2)
     y_BTD, (dmixer, dx_BTD) = differentiate(mixer, x_BTD, dy_BTD * IS_REAL, PACKED)
     of_documents = tuple(index.reshape(-1, 5) for index in np.nonzero(PACKED))
     want, (want_dmixer, want_dx) = differentiate(mixer, x_BTD[of_documents], dy_BTD[of_documents])
@@ -102,7 +104,7 @@ def packed_equals_separate(cfg: MixerConfig) -> None:
 
 def sharded_equals_single(cfg: MixerConfig) -> None:
     """Eight devices, data and model parallel, give the outputs and gradients of one."""
-    args = build(cfg), inputs(), inputs(seed=2), jnp.asarray(WITHOUT_PADDING)
+    args = built(cfg), inputs(), inputs(seed=2), jnp.asarray(WITHOUT_PADDING)
     single = differentiate(*args)
     mesh = make_mesh({"data": 4, "model": 2})
     with jax.set_mesh(mesh):
@@ -115,7 +117,7 @@ def sharded_equals_single(cfg: MixerConfig) -> None:
 
 def bfloat16_is_close(cfg: MixerConfig) -> None:
     """Half the bits give nearly the same outputs: decays and states stay in float32."""
-    mixer, x_BTD = build(cfg), inputs().astype(jnp.bfloat16)
+    mixer, x_BTD = built(cfg), inputs().astype(jnp.bfloat16)
     y_BTD, state = call(mixer, x_BTD, mixer.init_state(B, T, jnp.bfloat16))
     assert y_BTD.dtype == jnp.bfloat16, f"bfloat16 in, {y_BTD.dtype} out"
     # bfloat16 has 8 bits: each of the few roundings in a row is off by up to 2**-9 of its value.
@@ -126,7 +128,7 @@ def bfloat16_is_close(cfg: MixerConfig) -> None:
 
 def extremes_are_finite(cfg: MixerConfig) -> None:
     """Inputs that saturate every gate give finite values and gradients."""
-    mixer = build(cfg)
+    mixer = built(cfg)
     for scale in (0.0, 1e-4, 300.0):
         x_BTD = scale * inputs()
         y_BTD, grads = differentiate(mixer, x_BTD, call(mixer, x_BTD)[0], np.ones((B, T), np.int32))

@@ -97,7 +97,7 @@ def test_on_a_mesh(name):
         "forgetting": ForgettingAttentionConfig(**WIDTHS),
     }
     cfg = (CONFIGS | others)[name]
-    x_BTD, ids_BT = contract.inputs(4), jnp.asarray(np.tile(contract.PACKED, (2, 1)))
+    x_BTD, ids_BT = contract.inputs(), jnp.asarray(contract.PACKED)
     run = lambda x_BTD, ids_BT: in_chunks(contract.build(cfg), x_BTD, ids_BT, [3, 8, 1], contract.T)
     want_BTD, _ = jax.jit(run)(x_BTD, ids_BT)
     with jax.set_mesh(make_mesh({"data": 4, "model": 2})):
