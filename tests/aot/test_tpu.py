@@ -16,7 +16,7 @@ def run(*arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# For the time it takes, float32 on one device is compiled for one of them alone; `python -m tests.aot.gate v5p` does all.
+# For the time it takes, float32 on one device is for one of them alone; `python -m tests.aot.gate v5p` does all.
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["v5e"], ["v5p", "mesh"], ["v6e", "mesh"], ["tpu7x", "mesh"]], ids=" ".join)
 def test_compiles(arguments):
