@@ -28,6 +28,14 @@ def config(size: Literal["published", "test"] = "published") -> TrainConfig:
     ffn = MoEConfig(router=router, num_experts=E, d_ff=F, shared=MLPConfig(d_ff=F))
     blocks = {"F": BlockConfig(mixer=kda, ffn=MLPConfig(d_ff=9 * F))}
     blocks |= {"K": BlockConfig(mixer=kda, ffn=ffn), "A": BlockConfig(mixer=mla, ffn=ffn)}
-    pattern = {"prefix": "F K K A", "pattern": "K K K A", "tail": "K K A"}
-    model = ModelConfig(vocab_size=V, d_model=D, blocks=blocks, **pattern, num_periods=periods, tied_embeddings=False)
+    model = ModelConfig(
+        vocab_size=V,
+        d_model=D,
+        blocks=blocks,
+        prefix="F K K A",
+        pattern="K K K A",
+        num_periods=periods,
+        tail="K K A",
+        tied_embeddings=False,
+    )
     return dataclasses.replace(gated_deltanet_340m.config(), model=model, mesh={"data": -1, "expert": min(E, 16)})
