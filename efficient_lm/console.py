@@ -1,7 +1,9 @@
-"""What a person sees while a run goes on: a progress bar, a line for each event."""
+"""What a person sees on a terminal: a progress bar, a line for each event, tables."""
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -13,6 +15,18 @@ def count(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.4g}T"
+
+
+def table(title: str, *, left: tuple[str, ...], right: tuple[str, ...], caption: str | None = None) -> Table:
+    """Returns an empty table; words stand in the columns `left`, numbers in those `right`."""
+    made = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for column in left:
+        made.add_column(column, no_wrap=True)
+    for column in right:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
 
 
 class TrainingProgress:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 import pallas_kernels as kernels
+from pallas_kernels.common.documents import first_document
 
 AXIS = "context"
 
@@ -143,8 +144,7 @@ def _run(op: Callable[..., Any], decay: Array, apply: Any, ids_BT: Int[Array, "B
     """
     own = op(segment_ids=ids_BT)[1]
     # Documents count up: the largest number is the last one's, and nothing but padding has 0.
-    largest = jnp.iinfo(jnp.int32).max
-    first_B = jnp.min(jnp.where(ids_BT > 0, ids_BT, largest), axis=1, initial=largest)
+    first_B = first_document(ids_BT)[:, 0]
     last_B = jnp.max(ids_BT, axis=1, initial=0)
     decays, owns, firsts, lasts = jax.lax.all_gather((decay, own, first_B, last_B), AXIS)
 

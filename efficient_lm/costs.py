@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
-from rich import box
 from rich.table import Table
 
 from efficient_lm.cli import load_config, one_line_errors
 from efficient_lm.config import TrainConfig
 from efficient_lm.console import console, count
+from efficient_lm.console import table as console_table
 from efficient_lm.mixers import Mixer
 from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
 from efficient_lm.transformer_call import TransformerCallConfig
@@ -148,7 +148,7 @@ def _variables(module: nnx.Module) -> Iterator[nnx.Variable]:
 def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
     """Returns a table of the blocks, their parameters and what their states take."""
     letters = cfg.layers.split()
-    table = _table(
+    table = console_table(
         title=f"{count(num_parameters(model))} parameters in {len(letters)} blocks: {cfg.layers}",
         caption="each; state: bytes for one sequence, and for every token of it",
         left=("block", "mixer", "ffn"),
@@ -167,7 +167,7 @@ def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
 def costs_table(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> Table:
     """Returns a table of what blocks of each kind cost together, and all of them."""
     letters = cfg.layers.split()
-    table = _table(
+    table = console_table(
         title=f"sequences of {context} tokens, {batch_size} at a time, in {cfg.dtype}",
         caption="FLOPs: of training on a token. state: bytes, of the batch. decoding: bytes moved for a token",
         left=("blocks",),
@@ -182,17 +182,6 @@ def costs_table(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> Table
         add(f"{number} {letter}: {', '.join(_names(cfg.blocks[letter]))}", costs.times(number))
     add(_head_name(cfg), head_costs(cfg, batch_size=batch_size))
     add("all", model_costs(cfg, context=context, batch_size=batch_size))
-    return table
-
-
-def _table(title: str, caption: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -21,8 +21,8 @@ from efficient_lm.config import TrainConfig
 from efficient_lm.costs import model_costs
 from efficient_lm.hlo import Collective, Program, collectives, memory_traffic
 from efficient_lm.plan_report import plot_memory, print_plan
-from efficient_lm.sharding import mesh_sizes
-from efficient_lm.topologies import Target, parse_mesh, parse_target, prepare_compilers, target_mesh
+from efficient_lm.sharding import make_mesh, mesh_sizes
+from efficient_lm.topologies import Target, parse_mesh, parse_target, prepare_compilers
 from efficient_lm.training import abstract_state, make_train_step
 
 
@@ -86,7 +86,7 @@ def make_plan(cfg: TrainConfig, target: Target, axes: dict[str, int]) -> Plan:
     Raises:
       ValueError: the configuration does not fit the mesh, or the mesh the target.
     """
-    mesh = target_mesh(target, axes)
+    mesh = make_mesh(axes, target.devices())
     optimizer, _ = cfg.optimizer.build(cfg.num_steps)
     state, batch = abstract_state(cfg, optimizer, mesh)
     step: Any = make_train_step(cfg, cfg.objective.build(), optimizer)

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from efficient_lm.console import console, count
+from efficient_lm.console import table as console_table
+from efficient_lm.topologies import GIB
 
 if TYPE_CHECKING:
     from efficient_lm.plan import Plan
-
-GIB = 2**30
 
 
 def print_plan(plan: Plan) -> None:
@@ -44,16 +43,8 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {-spare / GIB:.2f} GiB more than the {plan.chip_bytes / GIB:.2f} there are"
 
 
-def _table(title: str, left: str, *right: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(left, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _memory_table(plan: Plan) -> Table:
-    table = _table("memory of a device", "", "GiB", "bytes")
+    table = console_table("memory of a device", left=("",), right=("GiB", "bytes"))
     for name, size in plan.memory.items():
         table.add_row(name, f"{size / GIB:.3f}", f"{size:,}")
     table.add_row("[bold]peak[/bold]", f"[bold]{plan.peak_bytes / GIB:.3f}[/bold]", f"{plan.peak_bytes:,}")
@@ -61,7 +52,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _collectives_table(plan: Plan) -> Table:
-    table = _table("sent in a step, by a device", "collective", "across", "number", "GiB received")
+    left, right = ("collective", "across"), ("number", "GiB received")
+    table = console_table("sent in a step, by a device", left=left, right=right)
     for collective in plan.collectives:
         across = " x ".join(collective.axes)
         table.add_row(collective.kind, across, str(collective.count), f"{collective.bytes / GIB:.3f}")
@@ -69,7 +61,7 @@ def _collectives_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = _table("floors of a step's time", "", "ms", "of")
+    table = console_table("floors of a step's time", left=("",), right=("ms", "of"))
     work = {"computing": f"{plan.executed_flops:.3g} FLOPs", "memory": f"{plan.traffic_bytes / GIB:.3g} GiB a device"}
     for name, seconds in plan.seconds.items():
         table.add_row(name, f"{seconds * 1e3:.1f}", work.get(name, ""))

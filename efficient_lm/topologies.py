@@ -8,14 +8,11 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
-
-from efficient_lm.sharding import make_mesh
 
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"
 GIB = 2**30
@@ -177,15 +174,6 @@ def parse_target(text: str) -> Target:
     if not chip.dims and target.num_devices > GPUS_PER_HOST and target.num_devices % GPUS_PER_HOST:
         raise ValueError(f"--on {text}: hosts have {GPUS_PER_HOST} GPUs; take a multiple of that")
     return target
-
-
-def target_mesh(target: Target, axes: Mapping[str, int]) -> Mesh:
-    """Returns a mesh of the target's devices, neighbours next to each other.
-
-    Raises:
-      ValueError: unknown axes, or sizes that do not multiply to the number of devices.
-    """
-    return make_mesh(axes, target.devices())
 
 
 def parse_mesh(text: str) -> dict[str, int]:

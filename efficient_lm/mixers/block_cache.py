@@ -17,6 +17,7 @@ from efficient_lm.blocks import Blocks, full_blocks, own_block_ids
 from efficient_lm.mixers.base import Leaf
 from efficient_lm.mixers.cache import Cache, init_cache, merge
 from efficient_lm.sharding import per_shard, shard
+from pallas_kernels.common.documents import first_document
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +43,10 @@ def init_block_cache(
     sizes |= {"B": batch_size, "C": C}
     zeros = lambda dims: shard(jnp.zeros([sizes[d] for d in dims], dtype), dims)
     return BlockCache(tokens, tuple(zeros(dims) for dims in summary_dims), summary_dims)
+
+
+def block_mean(a: Float[Array, "B C L ..."]) -> Float[Array, "B C ..."]:
+    return jnp.mean(a, axis=2, dtype=jnp.float32).astype(a.dtype)
 
 
 class View(NamedTuple):
@@ -143,9 +148,7 @@ def attend_in_blocks(
 
     summary_dims = ",".join(state.summary_dims)
     if segment_ids.shape[1] != 1:
-        largest = jnp.iinfo(jnp.int32).max
-        first_B1 = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
-        past_ids_BS = jnp.where(past.positions() < 0, 0, first_B1)
+        past_ids_BS = jnp.where(past.positions() < 0, 0, first_document(segment_ids))
         # The cache and the tokens make one row.
         pairs = zip((*past.arrays, past_ids_BS, past.positions()), (*arrays, segment_ids, positions), strict=True)
         o_BTNP = see_row(*(jnp.concatenate(pair, axis=1) for pair in pairs), *queries)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_lm.mixers.base import Leaf
 from efficient_lm.sharding import per_shard, shard
+from pallas_kernels.common.documents import first_document
 
 
 class Places(NamedTuple):
@@ -113,12 +114,10 @@ def attend(
     """
     if cache is None:
         return read(arrays, Places(segment_ids), False)[0], None
-    largest = jnp.iinfo(jnp.int32).max
-    first_B1 = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
 
     def read_cache(cache):
         kv_positions_BS = cache.positions()
-        kv_ids_BS = jnp.where(kv_positions_BS < 0, 0, first_B1)
+        kv_ids_BS = jnp.where(kv_positions_BS < 0, 0, first_document(segment_ids))
         return read(cache.arrays, Places(segment_ids, kv_ids_BS, positions, kv_positions_BS), True)
 
     written = cache.write(arrays, segment_ids, positions, length)

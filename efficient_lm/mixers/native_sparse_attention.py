@@ -16,7 +16,7 @@ import pallas_kernels as kernels
 from efficient_lm import selectors
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Mixer, MixerConfig
-from efficient_lm.mixers.block_cache import BlockCache, View, attend_in_blocks, init_block_cache
+from efficient_lm.mixers.block_cache import BlockCache, View, attend_in_blocks, block_mean, init_block_cache
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 
 
@@ -82,10 +82,9 @@ class NativeSparseAttention(Mixer):
         positions_BT, length_B = document_positions(ids_BT, state and state.length)
         if cfg.rotary is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, cfg.rotary), rotate(k_BTKH, positions_BT, cfg.rotary)
-        mean = lambda a_BCLKH: jnp.mean(a_BCLKH, axis=2, dtype=jnp.float32).astype(a_BCLKH.dtype)
         o_BTNH, state = attend_in_blocks(
             self._see,
-            lambda k, v: (mean(k), mean(v)),
+            lambda k, v: (block_mean(k), block_mean(v)),
             (q_BTNH, jax.nn.sigmoid(self.gate_proj(x))),
             (k_BTKH, v_BTKH),
             state,

@@ -37,6 +37,17 @@ def sees(options: Options, queries: Tokens, keys: Tokens) -> jax.Array:
     return seen if options.window_size is None else seen & (behind < options.window_size)
 
 
+def of_softmax(o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what the gradient of a score p takes, `p (dp - shift)` with `p = exp(score - lse)`: shift and lse, `BTN`.
+
+    Both are 0 for a query that sees nothing.
+    """
+    shift_BTN = jnp.sum(o.astype(lse.dtype) * do.astype(lse.dtype), axis=3) - jnp.moveaxis(dlse, 1, 2)
+    lse_BTN = jnp.moveaxis(lse, 1, 2)
+    is_blind_BTN = lse_BTN == -jnp.inf
+    return jnp.where(is_blind_BTN, 0, shift_BTN), jnp.where(is_blind_BTN, 0, lse_BTN)
+
+
 def canonical(block_ids: jax.Array, num_blocks: int) -> jax.Array:
     """Returns the ids in order, each once, and -1 after them."""
     largest = jnp.iinfo(block_ids.dtype).max

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import tpu_groups, tpu_tokens
-from pallas_kernels.block_sparse_attention.selection import canonical
+from pallas_kernels.block_sparse_attention.selection import canonical, of_softmax
 from pallas_kernels.block_sparse_attention.tpu_layout import by_head, lanes
 
 # Of k and v together, which stay in VMEM.
@@ -39,11 +39,7 @@ def backward(options, residuals, cotangents):
     """Returns the gradients of q, k and v, taking as many keys at a time as there is memory for their gradients."""
     q, k, v, block_ids, segment_ids, o, lse = residuals
     do, dlse = cotangents
-    # d score = p (dp - shift)
-    shift_BTN = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=3) - jnp.moveaxis(dlse, 1, 2)
-    lse_BTN = jnp.moveaxis(lse, 1, 2)
-    shift_BTN = jnp.where(lse_BTN == -jnp.inf, 0, shift_BTN)
-    lse_BTN = jnp.where(lse_BTN == -jnp.inf, 0, lse_BTN)
+    shift_BTN, lse_BTN = of_softmax(o, lse, do, dlse)
     L, S = options.block_size, k.shape[1]
     most = max(_MAX_GRADIENT_BYTES // (4 * (lanes(k.shape[3]) + lanes(v.shape[3]))) // L, 1) * L
     run = lambda dtype, at, ids: _call(

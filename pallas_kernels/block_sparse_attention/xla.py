@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.selection import Tokens, sees, tokens
+from pallas_kernels.block_sparse_attention.selection import Tokens, of_softmax, sees, tokens
 
 # Keys that are gathered at a time, of all rows and heads together: memory that does not grow with the sequence.
 CHOSEN_KEYS = 2**16
@@ -37,11 +37,7 @@ def backward(options, residuals, cotangents):
     q, k, v, block_ids, segment_ids, o, lse = residuals
     do, dlse = cotangents
     T, N = q.shape[1:3]
-    # d score = p (dp - shift)
-    shift_BTN = jnp.sum(o.astype(lse.dtype) * do.astype(lse.dtype), axis=3) - jnp.moveaxis(dlse, 1, 2)
-    lse_BTN = jnp.moveaxis(lse, 1, 2)
-    shift_BTN = jnp.where(lse_BTN == -jnp.inf, 0, shift_BTN)
-    lse_BTN = jnp.where(lse_BTN == -jnp.inf, 0, lse_BTN)
+    shift_BTN, lse_BTN = of_softmax(o, lse, do, dlse)
     blocks = _Blocks(options, k, v, segment_ids)
 
     def step(grads, chunk):

@@ -14,9 +14,14 @@ def fill_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     The ids never decrease, and one that equals the row's first id belongs to the document of the given state.
     Callers keep padding from being read or written by other means.
     """
-    largest = jnp.iinfo(segment_ids.dtype).max
-    first_B1 = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
+    first_B1 = first_document(segment_ids)
     return jnp.maximum(jax.lax.cummax(segment_ids, axis=1), first_B1)
+
+
+def first_document(segment_ids: Int[Array, "B T"]) -> Int[Array, "B 1"]:
+    """Returns the id of each row's first document, which a given state belongs to; the largest integer if none is."""
+    largest = jnp.iinfo(segment_ids.dtype).max
+    return jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1, keepdims=True, initial=largest)
 
 
 def marks(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

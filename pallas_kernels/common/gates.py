@@ -1,4 +1,4 @@
-"""One decay per head and token, for TPU kernels: what `decays.TokenDecay` is for XLA.
+"""One decay per head and token, for TPU kernels: what `decays.HeadDecay` is for XLA.
 
 Logs are cumulated within chunks by XLA and come to the kernels as rows of tiles, `[8, L]`, a row per head: what is done
 to them there is done to all heads at once. What a kernel needs along the other axis is turned once for all heads, and
@@ -15,8 +15,8 @@ from pallas_kernels.common.documents import clear_padding
 from pallas_kernels.common.doubling import dot
 from pallas_kernels.common.head_blocks import REAL, STARTS, Blocks, flags
 from pallas_kernels.common.heads import TILE
+from pallas_kernels.common.walk import CHUNK, keep_bits, widen_lanes
 
-CHUNK = 128
 # exp(-128) is 0 in float32: closed gates (-inf, too) stop here.
 _MIN_LOG = -128.0
 
@@ -90,8 +90,7 @@ class Gates:
 
     def clear(self, x_LX: jax.Array) -> jax.Array:
         """Returns x, float32, with zeros, in place of NaN too, for padding."""
-        bits = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & widen(self._real_LL, x_LX.shape[1])
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return keep_bits(x_LX, self._real_LL)
 
     def limit(self, readers_first: bool) -> tuple[jax.Array, jax.Array]:
         """Returns 0 for the pairs that see each other and -inf for others; and which are apart by a decay."""
@@ -109,15 +108,19 @@ class Gates:
     def reads_LX(self, n: int, width: int) -> jax.Array:
         """Returns the decay that tokens see of the state before the chunk, for head n, along all lanes."""
         decays_LL = _exp(_columns(self._read_columns, n))
-        return widen(jnp.where(self._documents_LL == 0, decays_LL, 0), width)
+        return widen_lanes(jnp.where(self._documents_LL == 0, decays_LL, 0), width)
 
     def writes_LX(self, n: int, width: int) -> jax.Array:
         """Returns the decay from tokens to the end of the chunk, for head n, along all lanes."""
         decays_LL = _exp(_minus(_rows(self._end, n), _columns(self._columns, n)))
-        return widen(jnp.where(self._documents_LL == self._last_11, decays_LL, 0), width)
+        return widen_lanes(jnp.where(self._documents_LL == self._last_11, decays_LL, 0), width)
 
     def gradient(self, rows_NL: jax.Array, cols_NL: jax.Array, puts_NL: jax.Array, whole_NL: jax.Array) -> jax.Array:
-        """Returns the gradient of g from the sums of `common/decays.py`; `whole` is the same along a row."""
+        """Returns the gradient of g, as in `common/decays.py`, with the sum over pairs as a difference.
+
+        `rows` have those of pairs, over what a token reads; `cols` are those over who reads it. `whole` is the same
+        along a row.
+        """
         token, t = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
         over = lambda x_NL, which_LL: dot(x_NL, jnp.where(which_LL, 1.0, 0.0), "nn", exact=True)
         dg_NL = whole_NL + over(puts_NL, token < t)
@@ -131,11 +134,6 @@ class Gates:
 def column(x_LN: jax.Array, n: int) -> jax.Array:
     """Spreads the column of head n over `LL`."""
     return jnp.broadcast_to(x_LN[:, n : n + 1], (CHUNK, CHUNK))
-
-
-def widen(same_LL: jax.Array, width: int) -> jax.Array:
-    """Returns `LX` of an array whose lanes are all the same."""
-    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
 
 
 def _columns(parts, n):

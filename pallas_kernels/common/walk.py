@@ -1,11 +1,18 @@
-"""What TPU kernels share that walk a row from chunk to chunk with decays per key channel: tokens, states, precision."""
+"""What TPU kernels share that walk a row from chunk to chunk: how long chunks are, precision, padding.
+
+And, with decays per key channel, the tokens of a chunk and the states between two.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.doubling import Decays
+from pallas_kernels.common.accurate import accurate, with_rest
+from pallas_kernels.common.doubling import Decays, dot
 from pallas_kernels.common.head_blocks import REAL, STARTS
 
 CHUNK = 128
@@ -32,6 +39,43 @@ def is_exact(*operands: jax.Array) -> bool:
     return any(x.dtype == jnp.float32 for x in operands)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What kernels compute with; products of float32 are `exact`, those of bfloat16 are made as they are."""
+
+    scale: float
+    exact: bool
+
+    def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
+        return dot(x, y, sides, self.exact)
+
+    def accurate(self, x: jax.Array, y: jax.Array, sides: str = "nn", y_sizes: jax.Array | None = None) -> jax.Array:
+        """Returns the product without the errors of sums of float32, if it is `exact`."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
+        product = functools.partial(self.product, sides=sides)
+        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
+
+    def with_rest(self, x: jax.Array, y: jax.Array) -> list[jax.Array]:
+        """Returns x y^T and, if it is `exact`, what float32 does not hold of it."""
+        product = functools.partial(self.product, sides="nt")
+        return with_rest(product, x, y) if self.exact else [product(x, y)]
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """Returns x as products take it: once, if it is in several."""
+        return x if self.exact else x.astype(jnp.bfloat16)
+
+
+def widen_lanes(same_LL: jax.Array, width: int) -> jax.Array:
+    """Returns `LX` of an array whose lanes are all the same."""
+    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
+
+
+def keep_bits(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
+    """Returns x, float32, where the bits are -1, and zeros, in place of NaN too, where they are 0."""
+    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & widen_lanes(bits_LL, x_LX.shape[1])
+    return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
+
+
 class Tokens:
     """Which tokens of the chunk are real and which start a document. What is not real, or beyond T, may be anything."""
 
@@ -44,26 +88,16 @@ class Tokens:
 
     def clear(self, x_LX: jax.Array) -> jax.Array:
         """Returns x with zeros, in place of NaN too, for what is not real."""
-        return _and(x_LX, self._real_LL)
+        return keep_bits(x_LX, self._real_LL)
 
     def clear_starts(self, x_LX: jax.Array) -> jax.Array:
         """Returns x with zeros for what is not real and for the starts of documents."""
-        return _and(x_LX, self._goes_on_LL)
+        return keep_bits(x_LX, self._goes_on_LL)
 
     def decays(self, g_LH: jax.Array, before: bool = False) -> Decays:
-        most_LH = _widen_lanes(self._most_LL, g_LH.shape[1])
+        most_LH = widen_lanes(self._most_LL, g_LH.shape[1])
         logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
         return Decays(logs_LH, most_LH if before else logs_LH)
-
-
-def _widen_lanes(same_LL: jax.Array, width: int) -> jax.Array:
-    """Returns `LX` of an array whose lanes are all the same."""
-    return same_LL[:, :width] if width <= CHUNK else jnp.concatenate([same_LL] * (width // CHUNK), axis=1)
-
-
-def _and(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
-    bits_LX = jax.lax.bitcast_convert_type(x_LX, jnp.int32) & _widen_lanes(bits_LL, x_LX.shape[1])
-    return jax.lax.bitcast_convert_type(bits_LX, jnp.float32)
 
 
 def start(S_NPH, S_NHP):

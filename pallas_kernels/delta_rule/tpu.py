@@ -1,12 +1,7 @@
 """The delta rule on TPU: which kernels take which decays."""
 
-from pallas_kernels.common import walk
+from pallas_kernels.common.walk import unsupported as unsupported
 from pallas_kernels.delta_rule import tpu_channel, tpu_scalar
-
-
-def unsupported(q, k, v, g):
-    """Returns why these arguments need another implementation, or None."""
-    return walk.unsupported(q, k, v, g)
 
 
 def forward(keep, scale, *inputs):

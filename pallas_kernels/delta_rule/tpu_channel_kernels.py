@@ -1,36 +1,26 @@
 """The TPU kernels of the delta rule with one decay per key channel; `tpu_channel.py` says what they compute."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate, with_rest
+from pallas_kernels.common import triangular, walk
+from pallas_kernels.common.accurate import accurate
 from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, beside, dot, fill, halves, join, stack, take
 from pallas_kernels.common.head_blocks import REAL
 from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What the kernels compute; products of float32 are `exact`."""
-
-    scale: float
-    exact: bool
-
-    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
-        return dot(x, y, sides, self.exact)
-
+class Rule(walk.Rule):
     def scores(self, q: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Returns q w^T and k w^T. If it is `exact`, the latter and what float32 does not hold of it.
 
         Errors of k w^T are those of what is written, ten times over where keys are alike.
         """
         if self.exact:
-            return self.product(q, w, "nt"), with_rest(functools.partial(self.product, sides="nt"), k, w)
+            return self.product(q, w, "nt"), self.with_rest(k, w)
         of_q, of_k = halves(self.product(stack(q, k), w, "nt"))
         return of_q, [of_k]
 

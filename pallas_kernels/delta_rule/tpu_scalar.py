@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.gates import CHUNK, cumulative_logs, documents, from_tiles, rows, to_tiles
+from pallas_kernels.common.gates import cumulative_logs, documents, from_tiles, rows, to_tiles
 from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, widen
 from pallas_kernels.common.heads import TILE
-from pallas_kernels.common.walk import PARAMS, is_exact
+from pallas_kernels.common.walk import CHUNK, PARAMS, is_exact
 from pallas_kernels.delta_rule import tpu_scalar_kernels as kernels
 from pallas_kernels.delta_rule.tpu_scalar_kernels import Rule
 

@@ -19,44 +19,22 @@ and their gradients. With dS' and dS the gradients of the states after and befor
 Heads go side by side, phase by phase: while the products of one are under way, those of others are issued.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate, rest_of_product, with_rest
+from pallas_kernels.common import triangular, walk
+from pallas_kernels.common.accurate import rest_of_product
 from pallas_kernels.common.doubling import dot
-from pallas_kernels.common.gates import CHUNK, Gates, column, widen
+from pallas_kernels.common.gates import Gates, column
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
+from pallas_kernels.common.walk import CHUNK, widen_lanes
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What the kernels compute; products of float32 are `exact`."""
-
-    scale: float
-    exact: bool
-
-    def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
-        return dot(x, y, sides, self.exact)
-
-    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
-        """Returns the product without the errors of sums of float32, if it is `exact`."""
-        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
-        product = functools.partial(self.product, sides=sides)
-        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
-
-    def keys(self, k: jax.Array) -> list[jax.Array]:
-        """Returns k k^T and, if it is `exact`, what float32 does not hold of it."""
-        product = functools.partial(self.product, sides="nt")
-        return with_rest(product, k, k) if self.exact else [product(k, k)]
-
+class Rule(walk.Rule):
     def system(self, kk: list[jax.Array], factors_LL: jax.Array, apart_LL: jax.Array) -> list[jax.Array]:
-        """Returns k k^T times factors for pairs that are two tokens, 0 for others; what it does not hold as in `keys`.
+        """Returns k k^T times factors for pairs that are two tokens, 0 for others; and its rest, as `with_rest` does.
 
         The errors of a system are those of what it gives, ten times over where keys are alike.
         """
@@ -74,10 +52,6 @@ class Rule:
             found_LP -= self.product(rest_LL, d_LP, sides)
             d_LP += self.product(inverse_LL, found_LP)
         return d_LP
-
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """Returns x as products take it: once, if it is in several."""
-        return x if self.exact else x.astype(jnp.bfloat16)
 
 
 def forward(rule: Rule, blocks: Blocks, *refs):
@@ -98,7 +72,7 @@ def forward(rule: Rule, blocks: Blocks, *refs):
         q_LH, k_LH = blocks.keys.read(q_ref, key), gates.clear(blocks.keys.read(k_ref, key))
         k_HL, both = k_LH.T, rule.rounded(jnp.concatenate([q_LH, k_LH]))
         scores = product(both, k_HL)
-        of_keys = rule.keys(k_LH) if rule.exact else [scores[CHUNK:]]
+        of_keys = rule.with_rest(k_LH, k_LH) if rule.exact else [scores[CHUNK:]]
         for n in heads:
             qk_LL[n], kk[n], written[n] = scores[:CHUNK], of_keys, k_HL
             reads = product(both, S_NHP[n])
@@ -151,7 +125,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
             q_LH = rule.scale * q_LH
             q_HL, k_HL = q_LH.T, k_LH.T
             q, k, kT = rounded(q_LH), rounded(k_LH), rounded(k_HL)
-            qkT_LL, kk = rule.accurate(k, rounded(q_HL), "nn"), rule.keys(k)
+            qkT_LL, kk = rule.accurate(k, rounded(q_HL), "nn"), rule.with_rest(k, k)
             dqT_HL, dkT_HL, dk_LH = jnp.zeros_like(q_HL), jnp.zeros_like(k_HL), jnp.zeros_like(k_LH)
             for n in heads:
                 v_LP, do_LP = (gates.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
@@ -169,7 +143,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 # 2. Through what tokens write, and the system.
                 put_LP = gates.writes_LX(n, blocks.P) * product(k, dS)
                 z_LP = product(a_LL, do) + put_LP
-                dd_LP = widen(beta_LL, blocks.P) * z_LP
+                dd_LP = widen_lanes(beta_LL, blocks.P) * z_LP
                 dx_LP = rule.solve(inverse_LL.T, dd_LP, system)
                 dx = rounded(dx_LP)
                 dbeta_L1 = jnp.sum(d_LP * (z_LP - product(c_LL, dx)), axis=1, keepdims=True)
@@ -180,7 +154,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 dqk, dkk = rounded(da_LL * pairs_LL), rounded(jnp.where(apart_LL, dc_LL * pairs_LL, 0))
                 # 4. Through the states at the chunk's borders.
                 dread_q_HL, dread_k_HL = reads_1L * product(S, do, "nt"), -reads_1L * product(S, dx, "nt")
-                writes_LH = gates.writes_LX(n, blocks.H) * widen(beta_LL, blocks.H)
+                writes_LH = gates.writes_LX(n, blocks.H) * widen_lanes(beta_LL, blocks.H)
                 dqT_HL += product(kT, dqk) + dread_q_HL
                 dkT_HL += product(kT, dkk) + dread_k_HL
                 dk_LH += product(dqk, q) + product(dkk, k) + writes_LH * product(d, dS, "nt")

@@ -1,22 +1,18 @@
 """The TPU kernels of the generalized delta rule; `tpu.py` says what they compute."""
 
-import dataclasses
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import triangular
-from pallas_kernels.common.accurate import accurate, with_rest
+from pallas_kernels.common import triangular, walk
 from pallas_kernels.common.doubling import (
     FIRST,
     SECOND,
     Pairs,
     add,
     beside,
-    dot,
     fill,
     halves,
     join,
@@ -29,27 +25,7 @@ from pallas_kernels.common.walk import CHUNK, Tokens, finish, start
 _ROWS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What the kernels compute; products of float32 are `exact`."""
-
-    scale: float
-    exact: bool
-
-    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
-        return dot(x, y, sides, self.exact)
-
-    def accurate(self, x: jax.Array, y: jax.Array, sides: str, y_sizes: jax.Array | None = None) -> jax.Array:
-        """Returns the product without the errors of sums of float32, if it is `exact`."""
-        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[sides]
-        product = functools.partial(self.product, sides=sides)
-        return accurate(product, x, y, axes, y_sizes) if self.exact else product(x, y)
-
-    def scores(self, x: jax.Array, y: jax.Array) -> list[jax.Array]:
-        """Returns x y^T. If it is `exact`, that and what float32 does not hold of it."""
-        product = functools.partial(self.product, sides="nt")
-        return with_rest(product, x, y) if self.exact else [product(x, y)]
-
+class Rule(walk.Rule):
     def read(self, scores: jax.Array, rest: jax.Array, written: jax.Array, sides: str) -> jax.Array:
         """Returns what is read of b u and k v together: both are large and cancel, all but a hundredth."""
         return self.accurate(scores, written, sides, jnp.abs(written)) + self.product(rest, written, sides)
@@ -130,7 +106,7 @@ def forward(rule, blocks, flags_1L, *refs):
                 to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
                 readers = stack(*(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
                 written = _pair(m, FIRST, *(take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)))
-                parts = [halves(scores) for scores in rule.scores(readers, written)]
+                parts = [halves(scores) for scores in rule.with_rest(readers, written)]
                 for i, scores in enumerate((*parts[0], *(rest for _, rest in parts[1:]))):
                     found[2 * i][m], found[2 * i + 1][m] = _unpair(m, FIRST, scores)
             qb_LL, qk_LL, ub_LL, uk_LL, *rest = (
@@ -180,7 +156,7 @@ def backward(rule, blocks, *refs):
             written = [take(x_LH, m, FIRST) * of for x_LH in (b_LH, k_LH)]
             readers = _pair(m, SECOND, *(take(x_LH, m, SECOND) * to for x_LH in (q_LH, up_LH)))
             levels[m] = to, of, readers, _pair(m, FIRST, *written)
-            parts = [halves(scores) for scores in rule.scores(stack(*written), readers)]
+            parts = [halves(scores) for scores in rule.with_rest(stack(*written), readers)]
             for i, scores in enumerate(half for part in parts for half in part):
                 found[2 * i][m], found[2 * i + 1][m] = _unpair(m, SECOND, scores)
         own = [_row_sum(x_LH * y_LH) for x_LH, y_LH in ((q_LH, b_LH), (q_LH, k_LH), (up_LH, k_LH))]

@@ -1,11 +1,7 @@
 """Linear attention on TPU: which kernels take which decays."""
 
+from pallas_kernels.common.walk import unsupported as unsupported
 from pallas_kernels.linear_attention import tpu_channel, tpu_scalar
-
-
-def unsupported(q, k, v, g):
-    """Returns why these arguments need another implementation, or None."""
-    return _kernels(g).unsupported(q, k, v, g)
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):

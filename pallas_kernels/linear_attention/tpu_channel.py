@@ -31,19 +31,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import walk
-from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, dot, fill, take
+from pallas_kernels.common.doubling import FIRST, SECOND, Pairs, add, fill, take
 from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, flags, widen
 from pallas_kernels.common.walk import CHUNK, PARAMS, Tokens, finish, is_exact, start
 
 
-def unsupported(q, k, v, g):
-    """Returns why these arguments need another implementation, or None."""
-    return walk.unsupported(q, k, v, g)
-
-
 def forward(scale, before, q, k, v, g, state, segment_ids):
     """Returns (o, state). segment_ids are the user's: 0 is padding, where v and g may be anything."""
-    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v, CHUNK)
+    rule, blocks = _Rule(scale, is_exact(q, k, v), before), Blocks(q, v, CHUNK)
     spec, state_BNHP = blocks.specs(), widen(state, 2, 3)
     o, last_BNHP = pl.pallas_call(
         functools.partial(_forward_kernel, rule, blocks),
@@ -62,7 +57,7 @@ def backward(scale, before, inputs, cotangents):
     """Returns the gradients of q, k, v, g and state."""
     q, k, v, g, state, segment_ids = inputs
     do, dlast = cotangents
-    rule, blocks = _Rule.of(scale, before, q, k, v), Blocks(q, v, CHUNK)
+    rule, blocks = _Rule(scale, is_exact(q, k, v), before), Blocks(q, v, CHUNK)
     state_BNHP, flags_B1T, packed = widen(state, 2, 3), flags(segment_ids, CHUNK), blocks.pack(q, k, v, g)
     scratch = [pltpu.VMEM((blocks.size, blocks.P, blocks.H), jnp.float32)]
     spec = blocks.specs()
@@ -105,19 +100,9 @@ def backward(scale, before, inputs, cotangents):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rule:
-    """What the kernels compute; products of float32 are `exact`."""
-
-    scale: float
+class _Rule(walk.Rule):
     before: bool
-    exact: bool
-
-    @classmethod
-    def of(cls, scale, before, q, k, v):
-        return cls(scale, before, is_exact(q, k, v))
-
-    def product(self, x: jax.Array, y: jax.Array, sides: str) -> jax.Array:
-        return dot(x, y, sides, self.exact)
+    """Tokens read before they decay and write."""
 
     def own(self, q_LH: jax.Array, k_LH: jax.Array) -> jax.Array | None:
         """Returns the scores of tokens with themselves, if they read what they write."""

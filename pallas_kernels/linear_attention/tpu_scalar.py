@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import walk
-from pallas_kernels.common.gates import CHUNK, cumulative_logs, documents, from_tiles, to_tiles
+from pallas_kernels.common.gates import cumulative_logs, documents, from_tiles, to_tiles
 from pallas_kernels.common.head_blocks import Blocks, as_float32, cut, widen
 from pallas_kernels.common.heads import TILE
-from pallas_kernels.common.walk import PARAMS, is_exact
+from pallas_kernels.common.walk import CHUNK, PARAMS, is_exact
 from pallas_kernels.linear_attention import tpu_scalar_kernels as kernels
-
-
-def unsupported(q, k, v, g):
-    """Returns why these arguments need another implementation, or None."""
-    return walk.unsupported(q, k, v, g)
 
 
 def forward(scale, before, q, k, v, g, state, segment_ids):
@@ -102,7 +96,7 @@ class _Call:
     def __init__(self, scale, before, q, k, v, backwards=False):
         num_chunks = pl.cdiv(v.shape[1], CHUNK)
         self.blocks = blocks = Blocks(q, v, CHUNK if num_chunks % 2 else 2 * CHUNK)
-        self.rule = kernels.Rule(scale, before, is_exact(q, k, v))
+        self.rule = kernels.Rule(scale, is_exact(q, k, v), before)
         spec, num_steps = blocks.specs(backwards), blocks.grid[2]
         step = lambda c: num_steps - 1 - c if backwards else c
         along = lambda *X: pl.BlockSpec((None, None, *X, TILE, blocks.length), lambda b, n, c: (b, n, 0, 0, step(c)))

@@ -12,26 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.doubling import dot
-from pallas_kernels.common.gates import CHUNK, Gates
+from pallas_kernels.common import walk
+from pallas_kernels.common.gates import Gates
 from pallas_kernels.common.head_blocks import Blocks
 from pallas_kernels.common.heads import TILE
+from pallas_kernels.common.walk import CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """What the kernels compute; products of float32 are `exact`. `before`: tokens read before they decay and write."""
-
-    scale: float
+class Rule(walk.Rule):
     before: bool
-    exact: bool
-
-    def product(self, x: jax.Array, y: jax.Array, sides: str = "nn") -> jax.Array:
-        return dot(x, y, sides, self.exact)
-
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """Returns x as products take it: once, if it is in several."""
-        return x if self.exact else x.astype(jnp.bfloat16)
+    """Tokens read before they decay and write."""
 
     def gates(self, logs_ref, documents_ref, chunk: slice) -> Gates:
         logs = [logs_ref[x, :, chunk] for x in range(logs_ref.shape[0])]

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 
 from efficient_lm.ffns import MoEConfig
 from efficient_lm.ffns.routers import TopKConfig
-from efficient_lm.sharding import spec
-from efficient_lm.topologies import parse_target, prepare_compilers, target_mesh
+from efficient_lm.sharding import make_mesh, spec
+from efficient_lm.topologies import parse_target, prepare_compilers
 
 B, T, D, F, E, K = 64, 1024, 1024, 512, 16, 2
 AXES = {"data": 8, "expert": 8}
@@ -26,7 +26,7 @@ AXES = {"data": 8, "expert": 8}
 
 def compile_layer(cfg: MoEConfig) -> jax.stages.Compiled:
     """Returns the layer, forward and backward, compiled for the mesh."""
-    mesh = target_mesh(parse_target("v5p:4x4x4"), AXES)
+    mesh = make_mesh(AXES, parse_target("v5p:4x4x4").devices())
 
     def step(ffn, x, dy):
         y, pull = jax.vjp(lambda ffn, x: ffn(x)[0], ffn, x)

@@ -16,6 +16,17 @@ from benchmarks.ops import CASES, DECODING, SIZES, Case, backward
 from efficient_lm.topologies import parse_target, prepare_compilers
 
 ONE_HEAD = {**SIZES, "N": 1, "K": 1, "F": 128}
+RECURRENCES = {name: case for name, case in CASES.items() if "state" in case.args and name not in DECODING}
+
+
+def most_elements(case: Case, num_tokens: int) -> int:
+    """Returns how large an array may be: less than a state for every fourth token.
+
+    But outputs may be states, and are as long as arguments.
+    """
+    sizes = {**ONE_HEAD, "T": num_tokens}
+    (state,) = case.structs(case.args["state"], sizes)
+    return max(num_tokens * state.size // 4, 2 * max(x.size for x in case.structs(case.ins, sizes)))
 
 
 def compile_case(case: Case, num_tokens: int, device: Any) -> tuple[int, int]:
@@ -38,15 +49,9 @@ def main(short: int, long: int) -> int:
     """Returns how many cases failed."""
     prepare_compilers()
     device, num_failed = parse_target("v5e:2x2").devices()[0], 0
-    for name, case in CASES.items():
-        if "state" not in case.args or name in DECODING:
-            continue
+    for name, case in RECURRENCES.items():
         (short_bytes, _), (long_bytes, largest) = (compile_case(case, tokens, device) for tokens in (short, long))
-        sizes = {**ONE_HEAD, "T": long}
-        (state,) = case.structs(case.args["state"], sizes)
-        arguments = max(x.size for x in case.structs(case.ins, sizes))
-        # Less than a state for every fourth token; but outputs may be states, and are as long as arguments.
-        limit = max(long * state.size // 4, 2 * arguments)
+        limit = most_elements(case, long)
         failed = long_bytes > 1.1 * long / short * short_bytes or largest > limit
         num_failed += failed
         print(

@@ -12,7 +12,8 @@ from efficient_lm.mixers import AttentionConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig
 from efficient_lm.plan import make_plan
-from efficient_lm.topologies import Target, parse_target, prepare_compilers, target_mesh
+from efficient_lm.sharding import make_mesh
+from efficient_lm.topologies import Target, parse_target, prepare_compilers
 
 V, D, F, H, LAYERS = 1024, 256, 512, 128, 3
 FFN = MLPConfig(d_ff=F)
@@ -67,7 +68,7 @@ def main() -> int:
 
 
 def _rate(target: Target, axes: dict[str, int], along: str) -> float:
-    return target.bytes_per_second(target_mesh(target, axes), (along,))
+    return target.bytes_per_second(make_mesh(axes, target.devices()), (along,))
 
 
 if __name__ == "__main__":

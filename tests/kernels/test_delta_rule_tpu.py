@@ -9,17 +9,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule
-from pallas_kernels.common.heads import TILE
 from tests.kernels import recurrent
 
 # bfloat16 has 8 bits: products of two rounded numbers, and sums of few of them, are off by up to half a percent.
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 2e-2
-
-# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
-TPU = pltpu.InterpretParams(detect_races=True)
-# The interpreter of TPUs cannot see memory in another shape or type, which is how heads that lie in place are told
-# apart. That of Pallas can.
-ANY = True
 
 
 def arguments(T, K, N, H, P, *, dtype=jnp.float32, decay="token", B=2):
@@ -41,7 +34,7 @@ def compare(args, packed):
     ids = jnp.asarray(recurrent.documents(T))[:B] if packed else None
     op = functools.partial(delta_rule, segment_ids=ids)
     want = recurrent.run(functools.partial(op, impl="ref"), args)
-    with pltpu.force_tpu_interpret_mode(ANY if N in (2, 4) or N % TILE == 0 else TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.interpreter(N)):
         return recurrent.run(functools.partial(op, impl="tpu"), args), want
 
 
@@ -74,7 +67,7 @@ def test_bfloat16(K, N):
 def test_causality_to_the_bit():
     args = arguments(150, 1, 2, 8, 8, decay="closed")
     op = recurrent.jit(functools.partial(delta_rule, impl="tpu"))
-    with pltpu.force_tpu_interpret_mode(ANY):
+    with pltpu.force_tpu_interpret_mode(recurrent.ANY):
         before, _ = op(**args)
         for t in (0, 20, 63, 127, 128, 140):
             other = args | {name: x.at[:, t + 1 :].multiply(0.7) for name, x in args.items() if name != "state"}
@@ -92,7 +85,7 @@ def test_padding_may_hold_anything():
         for name, x in args.items()
     }
     op = functools.partial(delta_rule, segment_ids=ids, impl="tpu")
-    with pltpu.force_tpu_interpret_mode(ANY):
+    with pltpu.force_tpu_interpret_mode(recurrent.ANY):
         want, got = (recurrent.run(op, x) for x in (args, broken))
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)

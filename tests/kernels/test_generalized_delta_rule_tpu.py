@@ -11,12 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import generalized_delta_rule
 from tests.kernels import recurrent
 
-# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
-TPU = pltpu.InterpretParams(detect_races=True)
-# The interpreter of TPUs cannot see memory in another shape or type, which is how 2, 4 or 8 heads are told apart; that
-# of Pallas can.
-ANY = True
-
 
 def arguments(T, K, N, H, P, *, decay="channel", dtype=jnp.float32, B=2):
     """As in RWKV-7, b is -a times rates up to 2, for unit keys of correlation about 0.9; gates open and closed."""
@@ -32,14 +26,10 @@ def arguments(T, K, N, H, P, *, decay="channel", dtype=jnp.float32, B=2):
     return args | {"state": recurrent.state(N, H, P, B)}
 
 
-def interpreter(args):
-    return ANY if args["v"].shape[2] in (2, 4, 8) else TPU
-
-
 def compare(args, ids):
     op = functools.partial(generalized_delta_rule, segment_ids=ids)
     want = recurrent.run(functools.partial(op, impl="ref"), args)
-    with pltpu.force_tpu_interpret_mode(interpreter(args)):
+    with pltpu.force_tpu_interpret_mode(recurrent.interpreter(args["v"].shape[2])):
         return recurrent.run(functools.partial(op, impl="tpu"), args), want
 
 
@@ -78,7 +68,7 @@ def test_heads_in_place():
 
 def test_causality_to_the_bit():
     args = arguments(140, 1, 1, 64, 64, B=1)
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.TPU):
         op = recurrent.jit(functools.partial(generalized_delta_rule, impl="tpu"))
         before, _ = op(**args)
         for t in (0, 20, 63, 64, 127, 128):
@@ -95,7 +85,7 @@ def test_padding_may_hold_anything(impl):
     is_padding = lambda x: jnp.asarray(ids == 0).reshape(2, 20, *[1] * (x.ndim - 2))
     dirty = {name: jnp.where(is_padding(x), np.nan, x) for name, x in args.items() if name != "state"}
     op = functools.partial(generalized_delta_rule, segment_ids=jnp.asarray(ids), impl=impl)
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.TPU):
         clean, got = (recurrent.run(op, x) for x in (args, args | dirty))
     for name in clean:
         assert np.all(np.isfinite(got[name]))

@@ -9,17 +9,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_attention
-from pallas_kernels.common.heads import TILE
 from tests.kernels import recurrent
 
 # bfloat16 has 8 bits: products of two rounded numbers, and sums of few of them, are off by up to half a percent.
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 2e-2
-
-# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
-TPU = pltpu.InterpretParams(detect_races=True)
-# The interpreter of TPUs cannot see memory in another shape or type, which is how heads that lie in place are told
-# apart. That of Pallas can.
-ANY = True
 
 
 def compare(T, K, N, H, P, *, dtype=jnp.float32, decay="token", bonus=False, packed=False, state=False, B=2):
@@ -36,7 +29,7 @@ def compare(T, K, N, H, P, *, dtype=jnp.float32, decay="token", bonus=False, pac
         args["state"] = recurrent.state(N, H, P, B)
     op = functools.partial(linear_attention, segment_ids=jnp.asarray(recurrent.documents(T))[:B] if packed else None)
     want = recurrent.run(functools.partial(op, impl="ref"), args)
-    with pltpu.force_tpu_interpret_mode(ANY if N in (2, 4) or N % TILE == 0 else TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.interpreter(N)):
         return recurrent.run(functools.partial(op, impl="tpu"), args), want
 
 
@@ -73,7 +66,7 @@ def test_padding_may_hold_anything():
     args = recurrent.qkv(140, 1, 1, 8, 8) | {"g": recurrent.log_decays((2, 140, 1))}
     broken = {name: jnp.where((ids == 0).reshape(2, 140, *[1] * (x.ndim - 2)), jnp.nan, x) for name, x in args.items()}
     op = functools.partial(linear_attention, segment_ids=ids, impl="tpu")
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.TPU):
         want, got = (recurrent.run(op, x) for x in (args, broken))
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)

@@ -13,12 +13,6 @@ from pallas_kernels import linear_attention
 from pallas_kernels.common.heads import Heads
 from tests.kernels import recurrent
 
-# Memory that no one wrote to is NaN; reading what another step of the grid writes is an error.
-TPU = pltpu.InterpretParams(detect_races=True)
-# The interpreter of TPUs cannot see memory in another shape or type, which is how 2, 4 or 8 heads are told apart; that
-# of Pallas can.
-ANY = True
-
 
 def arguments(T, K, N, H, P, *, dtype=jnp.float32, bonus=False, B=2):
     args = {name: x.astype(dtype) for name, x in recurrent.qkv(T, K, N, H, P, B).items()}
@@ -29,10 +23,9 @@ def arguments(T, K, N, H, P, *, dtype=jnp.float32, bonus=False, B=2):
 
 
 def compare(args, ids):
-    interpreter = ANY if args["v"].shape[2] in (2, 4, 8) else TPU
     op = functools.partial(linear_attention, segment_ids=ids)
     want = recurrent.run(functools.partial(op, impl="ref"), args)
-    with pltpu.force_tpu_interpret_mode(interpreter):
+    with pltpu.force_tpu_interpret_mode(recurrent.interpreter(args["v"].shape[2])):
         return recurrent.run(functools.partial(op, impl="tpu"), args), want
 
 
@@ -80,7 +73,7 @@ def test_heads_are_read_and_written_in_place(num_heads, dtype):
             heads.write(o_ref, n, [heads.read(x_ref, size - 1 - n), heads.read(x_ref, size - 2 - n)])
 
     spec = heads.spec(lambda c: c)
-    with pltpu.force_tpu_interpret_mode(ANY):
+    with pltpu.force_tpu_interpret_mode(recurrent.ANY):
         reverse = pl.pallas_call(
             reverse, grid=(2, num_heads // size, 3), in_specs=[spec], out_specs=spec, out_shape=heads.shape(dtype)
         )
@@ -91,7 +84,7 @@ def test_heads_are_read_and_written_in_place(num_heads, dtype):
 
 def test_causality_to_the_bit():
     args = arguments(140, 1, 1, 64, 64, bonus=True, B=1)
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.TPU):
         op = recurrent.jit(functools.partial(linear_attention, impl="tpu"))
         before, _ = op(**args)
         for t in (0, 20, 63, 64, 127, 128):
@@ -106,7 +99,7 @@ def test_padding_may_hold_anything():
     args = arguments(20, 1, 1, 8, 8)
     is_padding = jnp.asarray(ids == 0)[..., None, None]
     dirty = args | {name: jnp.where(is_padding, np.nan, args[name]) for name in ("v", "g")}
-    with pltpu.force_tpu_interpret_mode(TPU):
+    with pltpu.force_tpu_interpret_mode(recurrent.TPU):
         op = recurrent.jit(functools.partial(linear_attention, segment_ids=jnp.asarray(ids), impl="tpu"))
         for clean, got in zip(op(**args), op(**dirty), strict=True):
             assert np.all(np.isfinite(got))
