@@ -9,7 +9,7 @@ nothing is lost where a decay of -30 stands beside one of -0.01.
 Eight tokens are the rows of a register. Blocks of fewer find their neighbours by turning registers, and their levels
 take all rows of both sides; larger ones name theirs, and take only the rows that are wanted.
 
-Logs are to base 2, of which the hardware takes powers.
+Logs are to base 2, of which the hardware takes powers, unless products are exact: log2(e) * -30 rounded is off by 2e-6.
 """
 
 import jax
@@ -81,8 +81,12 @@ class Decays:
     start of the chunk. writes: to its end. keep_1H: over all of it.
     """
 
-    def __init__(self, logs_LH: jax.Array, own_LH: jax.Array):
-        """`own`: what stands in the log of a token's reads for the token itself; its log-decay, or 0 before it."""
+    def __init__(self, logs_LH: jax.Array, own_LH: jax.Array, exact: bool):
+        """`own`: what stands in the log of a token's reads for the token itself; its log-decay, or 0 before it.
+
+        Logs are natural ones if `exact`, and to base 2 otherwise.
+        """
+        exp = jnp.exp if exact else jnp.exp2
         L, H = logs_LH.shape
         tiles = (L // _ROWS, _ROWS, H)
         row = jax.lax.broadcasted_iota(jnp.int32, tiles, 1)
@@ -94,7 +98,7 @@ class Decays:
         m = 1
         this, other = jnp.where(is_second(1), own, 0), jnp.where(is_second(1), 0, own)
         while m < _ROWS:
-            self.levels[m] = jnp.exp2(this.reshape(L, H))
+            self.levels[m] = exp(this.reshape(L, H))
             neighbour = jnp.where(is_second(m), pltpu.roll(whole, m, 1), pltpu.roll(whole, _ROWS - m, 1))
             this, whole = this + neighbour, whole + neighbour
             m *= 2
@@ -106,14 +110,14 @@ class Decays:
             blocks = (L // (2 * m), 2, m // _ROWS, _ROWS, H)
             head, tail = head.reshape(blocks), tail.reshape(blocks)
             whole = whole.reshape(L // (2 * m), 2, 1, _ROWS, H)
-            self.levels[m] = jnp.exp2(jnp.stack([tail[:, FIRST], head[:, SECOND]], axis=1).reshape(L, H))
+            self.levels[m] = exp(jnp.stack([tail[:, FIRST], head[:, SECOND]], axis=1).reshape(L, H))
             head = jnp.stack([head[:, FIRST], head[:, SECOND] + whole[:, FIRST]], axis=1)
             tail = jnp.stack([tail[:, FIRST] + whole[:, SECOND], tail[:, SECOND]], axis=1)
             whole = whole[:, FIRST] + whole[:, SECOND]
             m *= 2
-        self.reads = jnp.exp2(head.reshape(L, H))
-        self.writes = jnp.exp2(tail.reshape(L, H))
-        self.keep_1H = jnp.exp2(whole.reshape(_ROWS, H)[:1])
+        self.reads = exp(head.reshape(L, H))
+        self.writes = exp(tail.reshape(L, H))
+        self.keep_1H = exp(whole.reshape(_ROWS, H)[:1])
 
 
 class Pairs:

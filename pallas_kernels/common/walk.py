@@ -17,7 +17,7 @@ from pallas_kernels.common.head_blocks import REAL, STARTS
 
 CHUNK = 128
 _LOG2_E = 1.4426950408889634
-# exp2(-200) is 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
+# exp2(-200) and exp(-200) are 0 in float32: closed gates (-inf, too) and the starts of documents stop here.
 _CLOSED = -200.0
 # Grids are rows, groups of heads, chunks. What does not fit into registers is kept in VMEM.
 PARAMS = pltpu.CompilerParams(
@@ -79,7 +79,8 @@ def keep_bits(x_LX: jax.Array, bits_LL: jax.Array) -> jax.Array:
 class Tokens:
     """Which tokens of the chunk are real and which start a document. What is not real, or beyond T, may be anything."""
 
-    def __init__(self, flags_1L: jax.Array):
+    def __init__(self, rule: Rule, flags_1L: jax.Array):
+        self._exact = rule.exact
         flags_LL = jnp.broadcast_to(flags_1L, (CHUNK, CHUNK)).astype(jnp.float32).T.astype(jnp.int32)
         starts_LL = flags_LL & STARTS > 0
         self._real_LL = jnp.where(flags_LL & REAL > 0, -1, 0)
@@ -96,8 +97,9 @@ class Tokens:
 
     def decays(self, g_LH: jax.Array, before: bool = False) -> Decays:
         most_LH = widen_lanes(self._most_LL, g_LH.shape[1])
-        logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * _LOG2_E, _CLOSED), most_LH)
-        return Decays(logs_LH, most_LH if before else logs_LH)
+        unit = 1.0 if self._exact else _LOG2_E
+        logs_LH = jnp.minimum(jnp.maximum(self.clear(g_LH) * unit, _CLOSED), most_LH)
+        return Decays(logs_LH, most_LH if before else logs_LH, self._exact)
 
 
 def start(S_NPH, S_NHP):

@@ -49,7 +49,7 @@ def _columns(flags_1L, rows_8L):
 def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, o_ref, last_NHP, *rest):
     *kept, S_NPH = rest  # the states before chunks and the inverses, or nothing
     start(S_NPH, S_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8, systems, waiting = _columns(flags_1L, beta_8L), [], []
     # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
     # take no longer for many than for one.
@@ -88,7 +88,7 @@ def backward(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, do_ref, states_NPH, inverses_NLL, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbeta_8L, dS_NHP = outputs
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
     beta_L8 = _columns(flags_1L, beta_8L)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 

@@ -89,7 +89,7 @@ def forward(rule, blocks, flags_1L, *refs):
     *keys, v_ref, g_ref, S_NHP, o_ref, last_NHP = refs[:9]
     *kept, S_NPH = refs[9:]
     start(S_NPH, S_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
     systems, waiting = [], []
     # 1. All that can be known before a system is solved, of all heads: inverses are long chains of short products, and
     # take no longer for many than for one.
@@ -140,7 +140,7 @@ def backward(rule, blocks, *refs):
     flags_1L, *keys, v_ref, g_ref, do_ref, states_NPH, inverses_NLL, dlast_NHP = refs[:11]
     *dkeys, dv_ref, dg_ref, dS_NHP, dS_NPH = refs[11:]
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, a_LH, b_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))

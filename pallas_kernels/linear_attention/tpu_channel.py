@@ -111,7 +111,7 @@ class _Rule(walk.Rule):
 
 def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o_ref, last_NHP, S_NPH):
     start(S_NPH, S_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP = tokens.clear(blocks.values.read(v_ref, n))
@@ -138,7 +138,7 @@ def _forward_kernel(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, S_NHP, o
 
 def _states_kernel(rule, blocks, flags_1L, k_ref, v_ref, g_ref, S_NHP, states_NPH, S_NPH):
     start(S_NPH, S_NHP)
-    tokens = Tokens(flags_1L[...])
+    tokens = Tokens(rule, flags_1L[...])
     for unit in blocks.units:
         for key, heads in unit:
             k_LH = tokens.clear(blocks.keys.read(k_ref, key))
@@ -154,7 +154,7 @@ def _backward_kernel(rule, blocks, *refs):
     flags_1L, q_ref, k_ref, v_ref, g_ref, do_ref, states_NPH, dlast_NHP, *outputs, dS_NPH = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dS_NHP = outputs
     start(dS_NPH, dlast_NHP)
-    tokens, pairs, product = Tokens(flags_1L[...]), Pairs(CHUNK), rule.product
+    tokens, pairs, product = Tokens(rule, flags_1L[...]), Pairs(CHUNK), rule.product
 
     def head(q_LH, k_LH, n):
         v_LP, do_LP = (tokens.clear(blocks.values.read(ref, n)) for ref in (v_ref, do_ref))
