@@ -77,7 +77,8 @@ def forward(rule, blocks, flags_1L, q_ref, k_ref, v_ref, g_ref, beta_8L, S_NHP, 
     for inverse_LL, (n, x_LP, scores_LL, read_LP, put_LH, keep_1H) in zip(inverses, waiting, strict=True):
         if kept:
             kept[1][n] = inverse_LL.astype(kept[1].dtype)
-        u_LP = product(inverse_LL, x_LP, "nn")
+        # What cancels in u and, in the backward pass, in dv does so in these sums.
+        u_LP = rule.accurate(inverse_LL, x_LP, "nn", jnp.abs(x_LP))
         o.append(tokens.clear(read_LP + product(scores_LL, u_LP, "nn")))
         S_NPH[n] = keep_1H * S_NPH[n] + product(u_LP, put_LH, "tn")
     blocks.values.write(o_ref, 0, o)
@@ -100,7 +101,8 @@ def backward(rule, blocks, *refs):
         w_LH = beta_L1 * k_LH
         reads_q_LH, reads_k_LH = q_LH * decays.reads, k_LH * decays.reads
         # 1. What the forward pass knew. Rows of scoresT are what is read, columns the readers.
-        u_LP = product(inverse_LL, v_LP - product(reads_k_LH, S_PH, "nt"), "nn")
+        x_LP = v_LP - product(reads_k_LH, S_PH, "nt")
+        u_LP = rule.accurate(inverse_LL, x_LP, "nn", jnp.abs(x_LP))
         levels, found = {}, {}
         for m, d_LH in decays.levels.items():
             to, of = take(d_LH, m, SECOND), take(d_LH, m, FIRST)
@@ -111,7 +113,7 @@ def backward(rule, blocks, *refs):
         scoresT_LL = pairs.gather(found, jnp.sum(q_LH * w_LH, axis=1, keepdims=True), FIRST)
         # 2. The gradients of the errors and, through the triangular system, of v; what k reads has that of -v.
         du_LP = product(scoresT_LL, do_LP, "nn") + product(w_LH * decays.writes, dS_PH, "nt")
-        dv_LP = product(inverse_LL, du_LP, "tn")
+        dv_LP = rule.accurate(inverse_LL, du_LP, "tn", jnp.abs(du_LP))
         dreads = stack(do_LP, -dv_LP)
         # 3. Through the states: what the chunk reads, what it leaves, what it keeps.
         dq_far, dk_far = (decays.reads * d_LH for d_LH in halves(product(dreads, S_PH, "nn")))

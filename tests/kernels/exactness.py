@@ -46,7 +46,8 @@ def arguments(op: str, decay: str, gate: str, T: int, H: int, P: int) -> dict[st
     return {name: x.astype(np.float32) for name, x in args.items()}
 
 
-@functools.partial(recurrent.jit, static_argnames=("op", "impl"))
+# Compiling takes most of the time, and without LLVM's optimisations a quarter of it.
+@functools.partial(jax.jit, static_argnames=("op", "impl"), compiler_options={"xla_backend_optimization_level": 0})
 def _run(op, impl, args, cotangents):
     outputs, vjp = jax.vjp(lambda args: OPS[op](**args, impl=impl), args)
     return dict(zip(("o", "state"), outputs, strict=True)) | {f"d{name}": d for name, d in vjp(cotangents)[0].items()}

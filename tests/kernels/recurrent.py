@@ -16,9 +16,6 @@ TPU = pltpu.InterpretParams(detect_races=True)
 # apart. That of Pallas can.
 ANY = True
 
-# Tests spend their time compiling; without LLVM's optimisations that takes a quarter of it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def interpreter(num_heads: int) -> pltpu.InterpretParams | bool:
     """Returns the strictest one for kernels with so many value heads."""
@@ -57,7 +54,7 @@ def run(op, arguments: dict) -> dict:
     return jax.tree.map(np.asarray, _values_and_gradients(op, arguments))
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _values_and_gradients(op, arguments):
     (o, state), vjp = jax.vjp(lambda arguments: op(**arguments), arguments)
     do, dstate = (jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in ((90, o), (91, state)))

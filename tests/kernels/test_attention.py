@@ -11,8 +11,6 @@ from pallas_kernels.attention import tpu, xla
 # float32 sums of 200 exponentials and products, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 5e-6, 2e-5
 
-# Tests spend their time compiling; without LLVM's optimisations that takes half as long.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 OPTIONS = {
     "causal": {},
@@ -61,7 +59,6 @@ def make_ids(T, seed=1):
 jit = functools.partial(
     jax.jit,
     static_argnames=("impl", "causal", "window_size", "sink_tokens", "soft_cap", "scale"),
-    compiler_options=COMPILER_OPTIONS,
 )
 
 

@@ -56,7 +56,7 @@ def test_the_definition_in_closed_form():
         S = S + beta[t] * np.outer(k[t], v[t] - S.T @ k[t])
         want.append(0.7 * S.T @ q[t])
     for impl in ("ref", "xla"):
-        o, state = recurrent.jit(functools.partial(delta_rule, scale=0.7, impl=impl))(**args)
+        o, state = jax.jit(functools.partial(delta_rule, scale=0.7, impl=impl))(**args)
         np.testing.assert_allclose(o[0, :, 0], np.stack(want), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state[0, 0], S, rtol=1e-5, atol=1e-6)
 
@@ -72,7 +72,7 @@ def test_packed_equals_separate():
             o, state = op(**args)
             return jnp.sin(o).sum() + jnp.cos(state[-1]).sum(), o
 
-        (_, o), gradients = recurrent.jit(jax.value_and_grad(loss, has_aux=True))(args)
+        (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
         return {"o": o} | {f"d{name}": d for name, d in gradients.items()}
 
     got = values_and_gradients(functools.partial(delta_rule, segment_ids=jnp.asarray(ids), impl="xla"), args)
@@ -92,7 +92,7 @@ def test_closed_gates(decay):
 @pytest.mark.parametrize("decay", ["token", "channel"])
 def test_causality_to_the_bit(decay):
     args = arguments(100, 1, 2, 8, 6, decay, state=True)
-    op = recurrent.jit(functools.partial(delta_rule, impl="xla"))
+    op = jax.jit(functools.partial(delta_rule, impl="xla"))
     before, _ = op(**args)
     for t in (0, 20, 63, 64, 77):
         other = args | {name: x.at[:, t + 1 :].multiply(0.7) for name, x in args.items() if name != "state"}

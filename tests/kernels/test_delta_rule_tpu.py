@@ -66,7 +66,7 @@ def test_bfloat16(K, N):
 
 def test_causality_to_the_bit():
     args = arguments(150, 1, 2, 8, 8, decay="closed")
-    op = recurrent.jit(functools.partial(delta_rule, impl="tpu"))
+    op = jax.jit(functools.partial(delta_rule, impl="tpu"))
     with pltpu.force_tpu_interpret_mode(recurrent.ANY):
         before, _ = op(**args)
         for t in (0, 20, 63, 127, 128, 140):

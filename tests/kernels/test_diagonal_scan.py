@@ -137,7 +137,7 @@ def test_packed_equals_separate(reverse):
 
     def gradients(op, args):
         loss = lambda args: (lambda o: (jnp.sin(o).sum(), o))(op(**args)[0])
-        (_, o), d = recurrent.jit(jax.value_and_grad(loss, has_aux=True))(args)
+        (_, o), d = jax.jit(jax.value_and_grad(loss, has_aux=True))(args)
         return {"o": o} | d
 
     got = recurrent.separate(gradients(functools.partial(scan, segment_ids=jnp.asarray(ids), impl="xla"), args), ids)
@@ -149,7 +149,7 @@ def test_packed_equals_separate(reverse):
 def test_causality_to_the_bit(in_turn, monkeypatch):
     monkeypatch.setattr(xla, "IN_TURN", in_turn)
     args = arguments(200, (5,))
-    op = recurrent.jit(functools.partial(diagonal_scan, impl="xla"))
+    op = jax.jit(functools.partial(diagonal_scan, impl="xla"))
     before, _ = op(**args)
     for t in (0, 20, 63, 64, 127):
         other = {name: x if name == "state" else x.at[:, t + 1 :].multiply(-0.5) for name, x in args.items()}

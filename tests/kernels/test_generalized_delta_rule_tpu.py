@@ -69,7 +69,7 @@ def test_heads_in_place():
 def test_causality_to_the_bit():
     args = arguments(140, 1, 1, 64, 64, B=1)
     with pltpu.force_tpu_interpret_mode(recurrent.TPU):
-        op = recurrent.jit(functools.partial(generalized_delta_rule, impl="tpu"))
+        op = jax.jit(functools.partial(generalized_delta_rule, impl="tpu"))
         before, _ = op(**args)
         for t in (0, 20, 63, 64, 127, 128):
             later = {name: x.at[:, t + 1 :].multiply(0.7) for name, x in args.items() if name != "state"}

@@ -11,8 +11,6 @@ from pallas_kernels.grouped_matmul import tpu, xla
 # float32 sums of at most 48 products, in another order; gradients of w add up as many as a group has rows.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 2e-5
 
-# Tests spend their time compiling; without LLVM's optimisations that takes half as long.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 # Rows, and how they are divided: evenly or not, all in one group, empty groups at both ends, rows after the last group.
 DIVISIONS = {
@@ -39,7 +37,7 @@ def make(num_rows, group_sizes, D=24, F=48, seed=0):
     return normal(num_rows, D), normal(len(group_sizes), D, F), np.array(group_sizes, np.int32), normal(num_rows, F)
 
 
-@functools.partial(jax.jit, static_argnames="impl", compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnames="impl")
 def run(x, w, group_sizes, dy, *, impl):
     """Returns y, and the gradients of x and w."""
     y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, impl=impl), x, w)

@@ -57,7 +57,7 @@ def test_the_definition_in_closed_form():
     want.append((S + np.outer(u * k[1], v[1])).T @ q[1])
     S = np.exp(g[1])[:, None] * S + np.outer(k[1], v[1])
     for impl in ("ref", "xla"):
-        o, state = recurrent.jit(functools.partial(linear_attention, scale=0.7, impl=impl))(**args)
+        o, state = jax.jit(functools.partial(linear_attention, scale=0.7, impl=impl))(**args)
         np.testing.assert_allclose(o[0, :, 0], 0.7 * np.stack(want), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state[0, 0], S, rtol=1e-5, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_packed_equals_separate(decay):
         return o, jnp.sin(o).sum() + jnp.cos(state).sum()
 
     def gradients(op, args):
-        (_, o), d = recurrent.jit(jax.value_and_grad(lambda args: op(**args)[::-1], has_aux=True))(args)
+        (_, o), d = jax.jit(jax.value_and_grad(lambda args: op(**args)[::-1], has_aux=True))(args)
         return {"o": o} | d
 
     got = gradients(functools.partial(packed, jnp.asarray(ids)), args)
@@ -101,7 +101,7 @@ def test_closed_gates(decay):
 @pytest.mark.parametrize("decay", ["token", "channel"])
 def test_causality_to_the_bit(decay):
     args = arguments(100, 1, 2, 8, 6, decay, state=True)
-    op = recurrent.jit(functools.partial(linear_attention, impl="xla"))
+    op = jax.jit(functools.partial(linear_attention, impl="xla"))
     before, _ = op(**args)
     for t in (0, 20, 63, 64, 77):
         other = {

@@ -85,7 +85,7 @@ def test_heads_are_read_and_written_in_place(num_heads, dtype):
 def test_causality_to_the_bit():
     args = arguments(140, 1, 1, 64, 64, bonus=True, B=1)
     with pltpu.force_tpu_interpret_mode(recurrent.TPU):
-        op = recurrent.jit(functools.partial(linear_attention, impl="tpu"))
+        op = jax.jit(functools.partial(linear_attention, impl="tpu"))
         before, _ = op(**args)
         for t in (0, 20, 63, 64, 127, 128):
             later = {name: x.at[:, t + 1 :].set(-3 + 0.5 * x[:, t + 1 :]) for name, x in args.items() if name in "qkvg"}
@@ -100,7 +100,7 @@ def test_padding_may_hold_anything():
     is_padding = jnp.asarray(ids == 0)[..., None, None]
     dirty = args | {name: jnp.where(is_padding, np.nan, args[name]) for name in ("v", "g")}
     with pltpu.force_tpu_interpret_mode(recurrent.TPU):
-        op = recurrent.jit(functools.partial(linear_attention, segment_ids=jnp.asarray(ids), impl="tpu"))
+        op = jax.jit(functools.partial(linear_attention, segment_ids=jnp.asarray(ids), impl="tpu"))
         for clean, got in zip(op(**args), op(**dirty), strict=True):
             assert np.all(np.isfinite(got))
             np.testing.assert_array_equal(clean, got)

@@ -11,9 +11,6 @@ from pallas_kernels.linear_cross_entropy import xla
 # float32 sums of 16 products and of 37 exponentials, in another order.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 2e-5
 
-# Tests spend their time compiling; without LLVM's optimisations that takes half as long.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-
 
 def rms_error(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -30,7 +27,7 @@ def make(T, B=2, D=16, V=37, seed=0):
     return normal(B, T, D), normal(D, V), labels.astype(np.int32), weights.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "z_loss", "soft_cap"), compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnames=("impl", "z_loss", "soft_cap"))
 def run(x, w, labels, weights, *, impl, z_loss=0.0, soft_cap=None):
     """Returns loss and lse, and the gradients of x, w and weights for random cotangents of both."""
     fn = lambda x, w, weights: linear_cross_entropy(

@@ -91,8 +91,8 @@ def test_tpu_keeps_what_xla_keeps():
     args = arguments(67, 6, 5, skip=True, state=True)
     arrays = *(args[name] for name in ("x", "dt", "A", "B", "C", "D", "state")), jnp.ones((2, 67), jnp.int32)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        _, (*_, got_CBHD) = recurrent.jit(tpu.forward)(*arrays)
-    _, (*_, want_CBHD) = recurrent.jit(xla.forward)(*arrays)
+        _, (*_, got_CBHD) = jax.jit(tpu.forward)(*arrays)
+    _, (*_, want_CBHD) = jax.jit(xla.forward)(*arrays)
     assert got_CBHD.shape == want_CBHD.shape
     assert recurrent.error(got_CBHD, want_CBHD) < 2e-5
 
@@ -105,7 +105,7 @@ def test_the_definition_in_closed_form():
         h = np.exp(dt[:, None] * args["A"]) * h + np.outer(dt * x, args["B"][0, t])
         y.append(h @ args["C"][0, t] + args["D"] * x)
     for impl in ("ref", "xla"):
-        got_y, got_h = recurrent.jit(functools.partial(selective_scan, impl=impl))(
+        got_y, got_h = jax.jit(functools.partial(selective_scan, impl=impl))(
             **{name: jnp.asarray(a, jnp.float32) for name, a in args.items()}
         )
         np.testing.assert_allclose(got_y[0], np.stack(y), rtol=1e-5, atol=1e-6)
@@ -123,7 +123,7 @@ def test_packed_equals_separate():
         return jnp.sin(y).sum() + jnp.cos(state[-1]).sum(), y
 
     def gradients(ids, args):
-        grads, y = recurrent.jit(jax.grad(functools.partial(loss, ids), has_aux=True))(args)
+        grads, y = jax.jit(jax.grad(functools.partial(loss, ids), has_aux=True))(args)
         return {"o": y} | grads
 
     got = recurrent.separate(gradients(jnp.asarray(ids), args), ids)
@@ -154,7 +154,7 @@ def test_padding_is_not_read():
 
 def test_causality_to_the_bit():
     args = arguments(100, 4, 5, state=True)
-    op = recurrent.jit(functools.partial(selective_scan, impl="xla"))
+    op = jax.jit(functools.partial(selective_scan, impl="xla"))
     before, _ = op(**args)
     for t in (0, 63, 64, 77):
         other = {name: a.at[:, t + 1 :].multiply(2) if name in ("x", "dt", "B", "C") else a for name, a in args.items()}

@@ -12,9 +12,6 @@ from pallas_kernels.short_conv import tpu
 # float32 sums of at most 8 products, in another order; gradients of w add up B * T of them.
 VALUE_TOLERANCE, GRAD_TOLERANCE = 2e-6, 2e-5
 
-# Tests spend their time compiling; without LLVM's optimisations that takes half as long.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-
 
 def rms_error(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -39,7 +36,7 @@ def make_ids(T, seed=1):
     return ids.astype(np.int32)
 
 
-jit = functools.partial(jax.jit, static_argnames=("impl", "activation"), compiler_options=COMPILER_OPTIONS)
+jit = functools.partial(jax.jit, static_argnames=("impl", "activation"))
 
 
 def outputs(x, w, bias, state, ids=None, *, impl="xla", activation=None):

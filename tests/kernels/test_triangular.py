@@ -15,7 +15,7 @@ from tests.kernels import recurrent
 L = 128
 
 
-@functools.partial(recurrent.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def inverse(strict_NLL, exact):
     def kernel(strict_ref, inverse_ref):
         for n, inverse_LL in enumerate(triangular.inverses([strict_ref[n] for n in range(len(strict_NLL))], exact)):
