@@ -49,7 +49,7 @@ class ProcessesConfig:
             )
         if not self.coordinator.rpartition(":")[2].isdigit() or not self.coordinator.rpartition(":")[0]:
             raise ValueError(
-                f"processes.coordinator={self.coordinator!r} has to be HOST:PORT of process 0, the same in all processes"
+                f"processes.coordinator={self.coordinator!r} has to be HOST:PORT of process 0, the same in all of them"
             )
 
 
@@ -96,8 +96,8 @@ def _initialize(cfg: ProcessesConfig) -> None:
             )
     except jax.errors.JaxRuntimeError as error:
         raise OSError(
-            f"process 0 cannot listen at {global_state.coordinator_address} ({str(error).splitlines()[0]}); is the port "
-            "taken, perhaps by an earlier run? take another one"
+            f"process 0 cannot listen at {global_state.coordinator_address} ({str(error).splitlines()[0]}); is the "
+            "port taken, perhaps by an earlier run? take another one"
         ) from error
     except ValueError as error:
         if cfg.count is not None or "coordinator_address" not in str(error):
