@@ -64,7 +64,7 @@ def mesh_sizes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     if len(free) == 1 and fixed > 0 and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     if min(sizes.values(), default=1) < 1 or math.prod(sizes.values()) != num_devices:
-        raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; one axis may be -1, for the rest")
+        raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; set e.g. --mesh data -1 to take all")
     return sizes
 
 

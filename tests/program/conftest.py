@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ class Program:
             stderr=subprocess.STDOUT,
         )
 
-    def finish(self, *arguments: str, **where: pathlib.Path | str) -> tuple[int, str]:
+    def finish(self, *arguments: str, **where: Any) -> tuple[int, str]:
         """Returns exit code and output."""
         process = self.start(*arguments, **where)
         output, _ = process.communicate(timeout=400)
