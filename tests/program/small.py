@@ -1,4 +1,4 @@
-"""One block of attention, which compiles fast and needs few collectives: eight devices on a CPU wait for one another."""
+"""One block of attention: it compiles fast, and on a CPU eight devices wait for one another at each collective."""
 
 import os
 
@@ -25,10 +25,10 @@ def config() -> TrainConfig:
             remat="nothing",
         ),
         data=DataConfig(sources=(TextConfig(path=os.environ["TEXT"]),), validation_fraction=0.2),
-        optimizer=AdamWConfig(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=2)),
+        optimizer=AdamWConfig(learning_rate=2e-3, schedule=CosineConfig(warmup_steps=2)),
         batch_size=8,
         seq_len=32,
-        num_steps=14,
+        num_steps=120,
         evaluation=EvaluationConfig(every=1000, sampling=SamplingConfig(max_tokens=8), prompt="a"),
         checkpoint=CheckpointConfig(save_every=1000),
         logging=LoggingConfig(every=1, tensorboard=False),
