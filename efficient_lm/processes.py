@@ -114,7 +114,8 @@ def _deadline(timeout: float) -> Iterator[None]:
         first = min(10, timeout / 2)
         if done.wait(first):
             return
-        print(f"{_who()} waits for the others at {global_state.coordinator_address}", file=sys.stderr, flush=True)
+        if global_state.coordinator_address is not None:
+            print(f"{_who()} waits for the others at {global_state.coordinator_address}", file=sys.stderr, flush=True)
         if not done.wait(timeout - first):
             print(f"error: {_who()} waited {timeout:.0f} seconds; {_what_is_missing()}", file=sys.stderr, flush=True)
             os._exit(1)
