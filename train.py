@@ -16,6 +16,7 @@ import jax
 
 from efficient_lm.checkpoint import DamagedCheckpoint, SaveFailed
 from efficient_lm.cli import list_configs, load_config, one_line_errors
+from efficient_lm.processes import PeerFailed, joined
 from efficient_lm.trainer import Diverged, fit
 
 
@@ -25,8 +26,10 @@ def main() -> None:
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/efficient_lm/xla").expanduser()))
-    with one_line_errors(ValueError, OSError, DamagedCheckpoint, SaveFailed, Diverged):
-        fit(load_config(sys.argv[1], sys.argv[2:]))
+    with one_line_errors(ValueError, OSError, DamagedCheckpoint, SaveFailed, Diverged, PeerFailed):
+        cfg = load_config(sys.argv[1], sys.argv[2:])
+        with joined(cfg.processes):
+            fit(cfg)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from efficient_lm.ffns.routers import TopKConfig
 from efficient_lm.mixers import AttentionConfig, GatedDeltaNetConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import MuonConfig, TrapezoidConfig
-from efficient_lm.trainer import put
 from efficient_lm.training import init_state, make_eval_step, make_train_step
 
 
@@ -148,7 +147,7 @@ def train(cfg: ExpertBalance, run: TrainConfig, data: Data, advance: Any) -> Res
     step, state = make_train_step(run, objective, optimizer), init_state(run, optimizer)
     batches, max_load = data.train(), []
     for batch in itertools.islice(batches, run.num_steps):
-        state, metrics = step(state, put(batch))
+        state, metrics = step(state, jax.device_put(batch))
         max_load.append(float(metrics["max_load"]))
         advance()
     batches.close()
@@ -160,10 +159,13 @@ def train(cfg: ExpertBalance, run: TrainConfig, data: Data, advance: Any) -> Res
 
     total = None
     for batch in itertools.islice(data.validation(), cfg.held_out_batches):
-        found = np.concatenate([np.reshape(x, (-1, cfg.num_experts)) for x in loads(state.model, put(batch))])
+        found = np.concatenate(
+            [np.reshape(x, (-1, cfg.num_experts)) for x in loads(state.model, jax.device_put(batch))]
+        )
         total = found if total is None else total + found
     assert total is not None
-    held_out = evaluate(make_eval_step(objective), state.model, data, put, cfg.held_out_batches)
+    batches = map(jax.device_put, itertools.islice(data.validation(), cfg.held_out_batches))
+    held_out = evaluate(make_eval_step(objective), state.model, batches, data.tokenizer.token_bytes)
     shares = total / total.mean(axis=1, keepdims=True)
     return Result(
         held_out_loss=held_out.loss, loads=np.round(shares, 4).tolist(), max_load=np.round(max_load, 3).tolist()

@@ -8,6 +8,7 @@ from efficient_lm.data import DataConfig
 from efficient_lm.model import ModelConfig
 from efficient_lm.objectives import NextTokenConfig, ObjectiveConfig
 from efficient_lm.optimizer import GuardConfig, OptimizerConfig
+from efficient_lm.processes import ProcessesConfig
 from efficient_lm.sampling import SamplingConfig
 
 
@@ -52,6 +53,8 @@ class TrainConfig:
     guard: GuardConfig = GuardConfig()
     mesh: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"resumable": True})
     """Devices along each axis, e.g. data=-1 model=2; empty: one device."""
+    processes: ProcessesConfig = free(ProcessesConfig())
+    """Who trains together, where the cluster does not say."""
     seed: int = 0
     evaluation: EvaluationConfig = free(EvaluationConfig())
     checkpoint: CheckpointConfig = free(CheckpointConfig())

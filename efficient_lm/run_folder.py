@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from efficient_lm.config_data import config_from_dict, config_to_dict, differences
+from efficient_lm.processes import together
 
 # What there may be of a run that was killed before it began.
 _FIRST_FILES = {"lock", "command.txt", "versions.json", "versions.json.new", "config.json.new"}
@@ -61,21 +61,17 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, fresh: bool = False
     Raises:
       ValueError: the run that is there has another configuration, or the folder holds something else.
       BlockingIOError: another process is writing this run.
+      PeerFailed: one of these, in another process of the job.
     """
-    path, lock = Path(folder).absolute(), None
-    if jax.process_index() == 0:
-        _check_is_run(path)
-        lock = _lock(path)
-        try:
-            if fresh and (path / "config.json").exists():
-                lock = _move_aside(path, lock)
-            _check_config(path, config)
-            _write_files(path, config)
-        except BaseException:
-            lock.close()
-            raise
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the run folder is open")
+    path = Path(folder).absolute()
+    with together():
+        lock = _begin(path, config, fresh) if jax.process_index() == 0 else None
+    with together():
+        if not (path / "config.json").exists():
+            raise ValueError(
+                f"process {jax.process_index()} on {socket.gethostname()} does not see {path}, which process 0 made; "
+                "pass a --run-dir on a file system that all share"
+            )
     return RunFolder(path, lock)
 
 
@@ -89,6 +85,21 @@ def read_config(folder: str | os.PathLike[str], *, packages: Sequence[str] = ("e
     if not path.exists():
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json")
     return config_from_dict(json.loads(path.read_text()), packages=packages)
+
+
+def _begin(path: Path, config: Any, fresh: bool) -> IO[str]:
+    """Makes or checks the folder, and returns its lock."""
+    _check_is_run(path)
+    lock = _lock(path)
+    try:
+        if fresh and (path / "config.json").exists():
+            lock = _move_aside(path, lock)
+        _check_config(path, config)
+        _write_files(path, config)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def _lock(path: Path) -> IO[str]:

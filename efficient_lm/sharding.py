@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -63,7 +64,7 @@ def mesh_sizes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     if len(free) == 1 and fixed > 0 and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     if min(sizes.values(), default=1) < 1 or math.prod(sizes.values()) != num_devices:
-        raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; one axis may be -1, for the rest")
+        raise ValueError(f"mesh {dict(axes)} does not use {num_devices} devices; set e.g. --mesh data -1 to take all")
     return sizes
 
 
@@ -187,3 +188,20 @@ def sharding(dims: str) -> Sharding:
     """Returns where an array of the host goes whose dimensions are `dims`; the first device outside a mesh."""
     mesh = jax.sharding.get_mesh()
     return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec(dims))
+
+
+def local_rows(num_rows: int) -> list[int]:
+    """Returns which rows of an array with letters B... lie on devices of this process, in order."""
+    indices = sharding("B").addressable_devices_indices_map((num_rows,)).values()
+    return sorted({row for index in indices if index is not None for row in range(num_rows)[index[0]]})
+
+
+def assemble(x: np.ndarray, dims: str, rows: Sequence[int], num_rows: int) -> jax.Array:
+    """Returns an array of `num_rows` rows over the devices of all processes; `x` has those `rows` that are local."""
+
+    def part(index):
+        first, stop, _ = index[0].indices(num_rows)
+        start = rows.index(first)
+        return x[start : start + stop - first, *index[1:]]
+
+    return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding(dims), part)

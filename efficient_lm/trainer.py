@@ -1,9 +1,10 @@
 """A run from its configuration to its last checkpoint."""
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from efficient_lm.devices import peak_flops
 from efficient_lm.evaluation import HeldOut, compressed_bits_per_byte, evaluate
 from efficient_lm.metrics import MetricsLog, check_logging
 from efficient_lm.plots import plot_run
+from efficient_lm.processes import first_alone
 from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
-from efficient_lm.sharding import make_mesh, sharding, undivided
+from efficient_lm.sharding import assemble, local_rows, make_mesh, sharding, undivided
 from efficient_lm.signals import stop_signals
-from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step
+from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step, target_bytes
 
 # Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
 COMPARE_BYTES = 32 * 2**20
@@ -48,7 +50,9 @@ def fit(cfg: TrainConfig) -> Path:
         jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext(),
         open_run(cfg.run_dir, cfg, fresh=cfg.fresh) as folder,
     ):
-        data = cfg.data.build(run_dir=folder.path, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        data = first_alone(
+            lambda: cfg.data.build(run_dir=folder.path, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        )
         if data.tokenizer.vocab_size > cfg.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {data.tokenizer.vocab_size} tokens, the model only "
@@ -61,6 +65,8 @@ def fit(cfg: TrainConfig) -> Path:
 
 def check(cfg: TrainConfig) -> None:
     """Raises ValueError for what can be known to fail before anything is read, written or compiled."""
+    if jax.process_count() > 1 and not cfg.mesh:
+        raise ValueError(f"{jax.process_count()} processes have no mesh over their devices; set e.g. --mesh data -1")
     check_logging(cfg.logging)
     abstract_state(cfg, cfg.optimizer.build(cfg.num_steps)[0], make_mesh(cfg.mesh) if cfg.mesh else None)
 
@@ -70,11 +76,14 @@ class Run:
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, data: Data):
         self.cfg, self.folder, self.data = cfg, folder, data
+        self._rows = local_rows(cfg.batch_size)
+        self._writes = jax.process_index() == 0  # One process writes what people read; all write checkpoints.
+        self._token_bytes = jax.device_put(data.tokenizer.token_bytes, sharding(""))
         objective = cfg.objective.build()
         optimizer, self.learning_rate = cfg.optimizer.build(cfg.num_steps)
         self._train_step = make_train_step(cfg, objective, optimizer)
         self._eval_step = make_eval_step(objective)
-        self.batches = data.train()
+        self.batches = data.train(self._rows)
         self.checkpoints = Checkpoints(folder.checkpoints, cfg.checkpoint)
 
         # It runs once: on a CPU, optimising it takes a minute and saves a second.
@@ -82,7 +91,9 @@ class Run:
         init = jax.jit(lambda: init_state(cfg, optimizer), compiler_options=options)
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
         self.first_step, self.state = restored or (0, init())
-        self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
+        self._log = None
+        if self._writes:
+            self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
         self._flops_per_token = model_costs(cfg.model, context=cfg.seq_len).training_flops
         self._started, self._productive = time.perf_counter(), 0.0
 
@@ -91,31 +102,32 @@ class Run:
 
     def __exit__(self, *_) -> None:
         self.batches.close()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         self.checkpoints.close()
 
     def train(self) -> None:
         cfg, last = self.cfg, self.cfg.num_steps
         console.print(model_table(cfg.model, self.state.model))
         self._say_where_it_starts()
-        step, interval = self.first_step, Interval(self.data.tokenizer.token_bytes)
+        step, interval = self.first_step, Interval()
         with (
             stop_signals() as should_stop,
             TrainingProgress(last, step) as progress,
-            Profiler(cfg.profile, self.folder.path) as profiler,
+            Profiler(cfg.profile if self._writes else None, self.folder.path) as profiler,
         ):
             while step < last:
                 profiler.before(step)
                 with interval.waiting():
-                    batch = next(self.batches)
-                self.state, metrics = self._train_step(self.state, put(batch))
-                interval.add(batch, metrics)
+                    batch = self._put(next(self.batches))
+                self.state, metrics = self._train_step(self.state, batch)
+                interval.add(batch.tokens.size, metrics | {"bytes": target_bytes(batch, self._token_bytes)})
                 step += 1
                 progress.advance(step)
                 is_last, stop = step == last, should_stop(step)
                 if step % cfg.logging.every == 0 or is_last or stop:
                     self._report(step, interval, progress)
-                    interval = Interval(self.data.tokenizer.token_bytes)
+                    interval = Interval()
                 if self.checkpoints.is_due(step) or is_last or stop:
                     self.checkpoints.save(step, self.state, self.batches)
                 self.checkpoints.check()
@@ -123,7 +135,7 @@ class Run:
                     break
                 if step % cfg.evaluation.every == 0 and not is_last:
                     self._evaluate(step, cfg.evaluation.max_batches)
-                    interval = Interval(self.data.tokenizer.token_bytes)
+                    interval = Interval()
         self.checkpoints.wait()
         if step < last:
             console.print(f"stopped and saved after step {step}; the same command goes on from there")
@@ -131,11 +143,11 @@ class Run:
             self._finish(step)
 
     def _say_where_it_starts(self) -> None:
-        cfg, device = self.cfg, jax.devices()[0]
+        cfg = self.cfg
         epochs = cfg.num_steps * cfg.batch_size * cfg.seq_len / self.data.num_train_targets
         console.print(
             f"{count(self.data.num_train_targets)} tokens to train on ({epochs:.2g} epochs), "
-            f"{count(self.data.num_validation_targets)} held out; {jax.device_count()} x {device.device_kind}"
+            f"{count(self.data.num_validation_targets)} held out; {devices_used()}"
         )
         if self.first_step:
             console.print(f"going on from step {self.first_step} of {self.folder.path}")
@@ -151,7 +163,7 @@ class Run:
         }
         if (peak := peak_flops()) is not None:
             values["mfu"] = self._flops_per_token * values["tokens_per_second"] / peak
-        self._log.write(step, values)
+        self._write(step, values)
         text = (
             f"loss {values['loss']:.3f}  {values['bits_per_byte']:.3f} bits/byte  "
             f"{count(values['tokens_per_second'])} tokens/s"
@@ -164,10 +176,18 @@ class Run:
                 f"in {self.checkpoints.folder}"
             )
 
+    def _put(self, batch: Batch) -> Batch:
+        return put(batch, self._rows, self.cfg.batch_size)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(step, values)
+
     def _evaluate(self, step: int, max_batches: int | None) -> HeldOut:
-        result = evaluate(self._eval_step, self.state.model, self.data, put, max_batches)
+        batches = map(self._put, itertools.islice(self.data.validation(self._rows), max_batches))
+        result = evaluate(self._eval_step, self.state.model, batches, self._token_bytes)
         sample = self.sample()
-        self._log.write(
+        self._write(
             step,
             {
                 "held_out_loss": result.loss,
@@ -176,7 +196,8 @@ class Run:
                 "sample": sample,
             },
         )
-        plot_run(self.folder, {})
+        if self._writes:
+            plot_run(self.folder, {})
         console.print(f"step {step}: held out {result.bits_per_byte:.4f} bits/byte, loss {result.loss:.4f}")
         console.print(_indent(sample), style="dim", markup=False)
         return result
@@ -185,8 +206,9 @@ class Run:
         """Returns the evaluation's prompt and how the model goes on."""
         settings, tokenizer = self.cfg.evaluation, self.data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(settings.prompt).tolist()]
-        key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(self.state.step))
+        step = int(self.state.step)
         with undivided(self.state.model) as model:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
             chunks = generate(
                 model, [prompt], key, settings.sampling, stop_tokens=[tokenizer.eos_id], tokens_at_once=32
             )
@@ -194,13 +216,15 @@ class Run:
         return settings.prompt + tokenizer.decode(new[(new >= 0) & (new != tokenizer.eos_id)])
 
     def _finish(self, step: int) -> None:
-        result = self._evaluate(step, None)
+        result, sample = self._evaluate(step, None), self.sample()
+        if not self._writes:
+            return
         baselines, size = {}, sum(len(document) for document in self.data.validation_documents())
         if size <= COMPARE_BYTES:
             baselines = compressed_bits_per_byte(self.data.validation_documents())
         plot = plot_run(self.folder, baselines)
         sample_file = self.folder.samples / f"{step}.txt"
-        sample_file.write_text(self.sample())
+        sample_file.write_text(sample)
         console.print(f"\nheld-out text, {count(size)} bytes never trained on:")
         numbers = {"this model": result.bits_per_byte, **baselines}
         for name, value in sorted(numbers.items(), key=lambda item: item[1]):
@@ -218,18 +242,27 @@ class Run:
         )
 
 
-def put(batch: Batch) -> Batch:
-    """Lays a batch of the host out over the devices."""
-    return jax.tree.map(lambda x: jax.device_put(x, sharding("BT")), batch)
+def put(batch: Batch, rows: Sequence[int], num_rows: int) -> Batch:
+    """Lays `rows` out over the devices of this process, as parts of the batch of `num_rows` of all processes."""
+    return jax.tree.map(lambda x: assemble(x, "BT", rows, num_rows), batch)
+
+
+def devices_used() -> str:
+    """Says what computes, e.g. `8 x cpu as data=4 model=2, in 2 processes`."""
+    mesh, device = jax.sharding.get_mesh(), jax.devices()[0]
+    if mesh.empty:
+        idle = f" of {jax.device_count()}; --mesh data -1 takes all" if jax.device_count() > 1 else ""
+        return f"1 x {device.device_kind}{idle}"
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    processes = f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {device.device_kind} as {axes}{processes}"
 
 
 class Interval:
     """What happened since the last report."""
 
-    def __init__(self, token_bytes_V: np.ndarray):
-        self._token_bytes_V = token_bytes_V
-        self._start, self._waited = time.perf_counter(), 0.0
-        self._bytes, self._slots = 0, 0
+    def __init__(self):
+        self._start, self._waited, self._slots = time.perf_counter(), 0.0, 0
         self._metrics: list[dict[str, jax.Array]] = []
 
     @contextlib.contextmanager
@@ -238,20 +271,19 @@ class Interval:
         yield
         self._waited += time.perf_counter() - start
 
-    def add(self, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        self._bytes += int(self._token_bytes_V[batch.targets[batch.segment_ids > 0]].sum())
-        self._slots += batch.tokens.size
+    def add(self, slots: int, metrics: dict[str, jax.Array]) -> None:
+        self._slots += slots
         self._metrics.append(metrics)
 
     def summary(self) -> dict[str, float]:
         """Returns means over the steps; waits for the last one to be computed."""
         steps: list[dict[str, Any]] = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._start
-        tokens = sum(float(m["tokens"]) for m in steps)
-        means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0] if name != "tokens"}
+        tokens, num_bytes = (sum(float(m[name]) for m in steps) for name in ("tokens", "bytes"))
+        means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0] if name not in ("tokens", "bytes")}
         nats = sum(float(m["nll"]) * float(m["tokens"]) for m in steps)
         return means | {
-            "bits_per_byte": nats / math.log(2) / max(self._bytes, 1),
+            "bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
             "skipped": float(steps[-1]["skipped"]),
             "skipped_in_a_row": float(steps[-1]["skipped_in_a_row"]),
             "seconds": seconds,

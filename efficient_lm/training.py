@@ -132,3 +132,13 @@ def make_eval_step(objective: Objective) -> Callable[[LanguageModel, Batch], tup
         return total(nll_BT), total(weights_BT)
 
     return eval_step
+
+
+@jax.jit
+def target_bytes(batch: Batch, token_bytes: Int[Array, "V"]) -> Int[Array, ""]:
+    """Returns how many bytes of text the targets of a batch stand for, with the bytes of each token given."""
+    if jax.sharding.get_abstract_mesh().empty:
+        bytes_BT = token_bytes[batch.targets]
+    else:
+        bytes_BT = token_bytes.at[batch.targets].get(out_sharding=spec("BT"))
+    return jnp.sum(jnp.where(batch.segment_ids > 0, bytes_BT, 0))

@@ -107,7 +107,7 @@ class Data:
     seq_len: int
     seed: int
 
-    def train(self, rows: range | None = None) -> TrainIterator:
+    def train(self, rows: Sequence[int] | None = None) -> TrainIterator:
         """Returns the training batches from the start, of all rows or of those that this host feeds."""
         return TrainIterator(
             PackedRows(
@@ -124,7 +124,7 @@ class Data:
             identity=self.identity,
         )
 
-    def validation(self, rows: range | None = None) -> ValidationBatches:
+    def validation(self, rows: Sequence[int] | None = None) -> ValidationBatches:
         """Returns batches that hold each target of the held-out documents once; they can be walked again and again."""
         return ValidationBatches(
             self.held_out,
@@ -163,10 +163,12 @@ class Data:
         """Returns a hash of `identity`."""
         return f"{digest(repr(self.identity).encode()):016x}"
 
-    def _rows(self, rows: range | None) -> range:
+    def _rows(self, rows: Sequence[int] | None) -> Sequence[int]:
         rows = range(self.batch_size) if rows is None else rows
-        if not rows or rows.step != 1 or rows.start < 0 or rows.stop > self.batch_size:
-            raise ValueError(f"{rows} are not rows of a batch of {self.batch_size}; take some of 0 to its size")
+        if not rows or list(rows) != sorted(set(rows) & set(range(self.batch_size))):
+            raise ValueError(
+                f"{rows} are not rows of a batch of {self.batch_size}; take some of 0 to its size, in order"
+            )
         return rows
 
 

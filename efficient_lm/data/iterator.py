@@ -4,6 +4,7 @@ import json
 from collections.abc import Awaitable, Iterator
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from efficient_lm.data.batch import Batch
@@ -65,7 +66,8 @@ class TrainIterator:
         """Notes the state now; what this returns writes it. Each host writes a file for its rows."""
         state = self.get_state()
         rows = [int(row) for row in state["rows"]]
-        name = f"rows_{rows[0]:06d}_{rows[-1]:06d}.json"
+        # Hosts may share rows, where one model lies across them, or have rows between those of another.
+        name = f"rows_{rows[0]:06d}_{rows[-1]:06d}_{jax.process_index()}.json"
 
         async def write() -> None:
             folder = await directory.await_creation()

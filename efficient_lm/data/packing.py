@@ -49,7 +49,7 @@ class PackedRows:
         corpora: Sequence[Corpus],
         weights: Sequence[float],
         *,
-        rows: range,
+        rows: Sequence[int],
         batch_size: int,
         seq_len: int,
         seed: int,
@@ -129,7 +129,9 @@ class ValidationBatches:
     Global row n holds the targets from n * seq_len on, so a loss over all batches does not depend on the batch size.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], *, rows: range, batch_size: int, seq_len: int, document_mask: bool):
+    def __init__(
+        self, corpora: Sequence[Corpus], *, rows: Sequence[int], batch_size: int, seq_len: int, document_mask: bool
+    ):
         self._corpora = corpora
         self._rows = rows
         self._batch_size = batch_size

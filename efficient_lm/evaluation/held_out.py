@@ -2,16 +2,17 @@
 
 import dataclasses
 import gzip
-import itertools
 import lzma
 import math
 from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from jaxtyping import Int32
 
-from efficient_lm.data import Batch, Data
+from efficient_lm.data import Batch
 from efficient_lm.model import LanguageModel
+from efficient_lm.training import target_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,18 +27,13 @@ class HeldOut:
 def evaluate(
     eval_step: Callable[[LanguageModel, Batch], tuple[jax.Array, jax.Array]],
     model: LanguageModel,
-    data: Data,
-    put: Callable[[Batch], Batch],
-    max_batches: int | None = None,
+    batches: Iterable[Batch],
+    token_bytes: Int32[np.ndarray, "V"],
 ) -> HeldOut:
-    """Returns the loss over the held-out documents, or over the first `max_batches` batches of them."""
-    token_bytes_V = data.tokenizer.token_bytes
-    num_bytes, results = 0, []
-    for batch in itertools.islice(data.validation(), max_batches):
-        num_bytes += int(token_bytes_V[batch.targets[batch.segment_ids > 0]].sum())
-        results.append(eval_step(model, put(batch)))
+    """Returns the loss over batches that lie on the devices; `token_bytes` are the bytes that each token stands for."""
+    results = [(*eval_step(model, batch), target_bytes(batch, token_bytes)) for batch in batches]
     # Summed in float64: float32 would lose the last digits over many batches.
-    nll, tokens = (np.sum([np.asarray(r[i], np.float64) for r in results], axis=0) for i in range(2))
+    nll, tokens, num_bytes = (np.sum([np.asarray(r[i], np.float64) for r in results], axis=0) for i in range(3))
     return HeldOut(
         loss=float(nll.sum() / tokens.sum()),
         bits_per_byte=float(nll.sum() / math.log(2) / num_bytes),

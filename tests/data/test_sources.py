@@ -299,7 +299,7 @@ def test_one_sided_splits(tmp_path):
             config.build(run_dir=tmp_path / "run", batch_size=1, seq_len=8, seed=0)
 
 
-@pytest.mark.parametrize("rows", [range(0), range(0, 4, 2), range(3, 5), range(-1, 2)])
+@pytest.mark.parametrize("rows", [range(0), range(3, 5), range(-1, 2), [2, 0], [1, 1]])
 def test_bad_rows(build, rows):
     data = build(DOCUMENTS)
     with pytest.raises(ValueError, match="are not rows of a batch of 4"):

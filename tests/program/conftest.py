@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,9 @@ class Program:
 
     def __init__(self, text: pathlib.Path, runs: pathlib.Path, cache: pathlib.Path):
         self.text, self.runs = text, runs
-        self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        self.environment = os.environ | {
             "TEXT": str(text),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Programs for milliseconds are not worth LLVM's time.
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -27,18 +29,20 @@ class Program:
             "COLUMNS": "200",
         }
 
-    def start(self, *arguments: str, config: pathlib.Path | str = TINY, run: str = "run") -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, config: pathlib.Path | str = TINY, run: str = "run", devices: int = 1
+    ) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "train.py"), str(config), "--run-dir", str(self.runs / run), *arguments]
         return subprocess.Popen(
             command,
             cwd=self.runs,
-            env=self.environment,
+            env=self.environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
-    def finish(self, *arguments: str, **where: pathlib.Path | str) -> tuple[int, str]:
+    def finish(self, *arguments: str, **where: Any) -> tuple[int, str]:
         """Returns exit code and output."""
         process = self.start(*arguments, **where)
         output, _ = process.communicate(timeout=400)

@@ -12,7 +12,15 @@ pytestmark = pytest.mark.slow
 ARGUMENTS = {
     "misspelt field": (["--optimizer.learnin-rate", "1"], ["learnin-rate", "--optimizer.learning-rate"]),
     "value of another type": (["--num-steps", "many"], ["many"]),
-    "batch and devices": (["--mesh", "data", "3"], ["mesh", "3"]),
+    "devices": (["--mesh", "data", "4"], ["mesh {'data': 4}", "6 devices", "--mesh data -1"]),
+    "devices and heads": (["--mesh", "model", "6"], ["2 heads", "model=6", "a divisor of 2"]),
+    "devices and rows": (["--mesh", "data", "-1"], ["batch_size=4", "2 rows", "data=6", "a divisor of 2"]),
+    "axis": (["--mesh", "batch", "6"], ["'batch'", "context, data, expert, model"]),
+    "processes": (["--processes.count", "2"], ["processes.index", "0 to 1"]),
+    "coordinator": (
+        ["--processes.count", "2", "--processes.index", "0", "--processes.coordinator", "here"],
+        ["'here'", "HOST:PORT"],
+    ),
     "batch and accumulation": (["--grad-accumulation", "3"], ["batch_size=4", "grad_accumulation=3"]),
     "letter without a block": (["--model.pattern", "M X"], ["'X'", "M, A"]),
     "vocabulary too small": (["--model.vocab-size", "100"], ["258", "vocab_size=100", "--model.vocab-size"]),
@@ -33,7 +41,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments(program, case):
     arguments, expected = ARGUMENTS[case]
-    code, output = program.finish(*arguments)
+    code, output = program.finish(*arguments, devices=6)
     assert code != 0
     assert "Traceback" not in output
     for words in expected:
