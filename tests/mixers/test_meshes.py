@@ -2,7 +2,12 @@
 
 Compiling all of it takes a quarter of an hour: `pytest -m meshes -s tests/mixers/test_meshes.py`. What runs with the
 other tests is one mesh of all axes for each mixer (contract.py), and each op in eight parts (test_context.py).
+
+Gradients of decay rates are sums over tokens that nearly cancel: in the quickstart's model, one rounding of the
+embedding moves them by 1.1e-5 on one device, meshes by 0.9e-5.
 """
+
+import functools
 
 import contract
 import jax
@@ -48,17 +53,25 @@ def of_quickstart():
     return jax.jit(jax.value_and_grad(lambda model: objective(model, batch)[0]))(model)
 
 
+@functools.lru_cache(maxsize=1)
+def on_one_device(name):
+    return jax.device_get(run(name))
+
+
+def run(name):
+    return of_quickstart() if name == "quickstart" else of_mixer(CASES[name])
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: ",".join(f"{axis}={size}" for axis, size in axes.items()))
 @pytest.mark.parametrize("name", [*CASES, "quickstart"])
-def test_equals_one_device(name):
-    run = of_quickstart if name == "quickstart" else lambda: of_mixer(CASES[name])
-    one = jax.device_get(run())
-    for axes in MESHES:
-        with jax.set_mesh(make_mesh(axes)):
-            parts = jax.device_get(run())
-        errors = {}
-        for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(parts), jax.tree.leaves(one), strict=True):
-            leaf = jax.tree_util.keystr(path, simple=True, separator="/")
-            errors[leaf] = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-        worst = max(errors, key=lambda leaf: errors[leaf])
-        print(f"\n{name:24} {' '.join(f'{axis}={size}' for axis, size in axes.items()):26} {errors[worst]:.1e} {worst}")
-        assert errors[worst] <= 1e-5
+def test_equals_one_device(name, axes):
+    one = on_one_device(name)
+    with jax.set_mesh(make_mesh(axes)):
+        parts = jax.device_get(run(name))
+    errors = {}
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(parts), jax.tree.leaves(one), strict=True):
+        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
+        errors[leaf] = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+    worst = max(errors, key=lambda leaf: errors[leaf])
+    print(f"\n{name:24} {axes!s:42} {errors[worst]:.1e} {worst}", flush=True)
+    assert errors[worst] <= 1e-5
