@@ -191,6 +191,10 @@ def gather_keys(
 ) -> tuple[tuple[Any, ...], dict[str, Int[Array, "B X"] | None]]:
     """Returns all tokens' arrays `[B S ...]`, of which keys are made, and where they stand, as `attention` takes it.
 
+    A ring would send the same bytes forward, and more backward, as keys would come by again. A layer of Llama 3.2 1B,
+    128k tokens on eight devices, receives 235 MB, 0.7 GB with remat and gradients: 7 ms at 100 GB/s, beside 200 ms of
+    products at 197 TFLOP/s. What a ring would save is memory, here 268 MB while one layer is computed.
+
     Raises:
       ValueError: keys that are not the queries' own tokens lie in parts.
     """
