@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_lm import context
 from efficient_lm.sharding import per_shard
 from pallas_kernels.common.documents import fill_padding
 
@@ -89,10 +90,18 @@ def document_positions(
     `past` counts the tokens that came before of the row's first document. Padding is not counted.
     """
     past_B = jnp.zeros(segment_ids.shape[:1], jnp.int32) if past is None else past
-    return per_shard(_positions, "BT,B", "BT,B")(segment_ids, past_B)
+    return per_shard(_positions, "BT,B", "BT,B", split_tokens=True)(segment_ids, past_B)
 
 
 def _positions(segment_ids, past_B):
+    if context.num_parts() == 1:
+        return _positions_in_part(segment_ids, past_B)
+    _, own_B = _positions_in_part(segment_ids, jnp.zeros_like(past_B))
+    past_B, length_B = context.hand_on(own_B, jnp.ones_like(own_B), segment_ids, past_B)
+    return _positions_in_part(segment_ids, past_B)[0], length_B
+
+
+def _positions_in_part(segment_ids, past_B):
     if segment_ids.shape[1] == 0:
         return segment_ids, past_B
     ids_BT = fill_padding(segment_ids)

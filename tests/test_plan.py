@@ -13,14 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efficient_lm.config import TrainConfig
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.hlo import Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
-from efficient_lm.mixers import AttentionConfig
+from efficient_lm.mixers import AttentionConfig, Mamba2Config
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig
 from efficient_lm.plan import Plan, device_bytes, memory_of_failure
 from efficient_lm.plan_report import plot_memory, print_plan
 from efficient_lm.sharding import make_mesh, mesh_sizes
 from efficient_lm.topologies import CHIPS, parse_mesh, parse_target
-from efficient_lm.training import abstract_state
+from efficient_lm.training import abstract_state, make_train_step
 
 TINY = TrainConfig(
     model=ModelConfig(
@@ -35,6 +35,25 @@ TINY = TrainConfig(
     seq_len=4,
     num_steps=1000,
 )
+
+FFN = MLPConfig(d_ff=32)
+MAMBA2 = BlockConfig(mixer=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=4), ffn=FFN)
+HYBRID = dataclasses.replace(TINY.model, blocks={"M": MAMBA2, **TINY.model.blocks}, pattern="M A")
+RECURRENT = dataclasses.replace(TINY.model, blocks={"M": MAMBA2}, pattern="M")
+PINNED = {
+    "transformer": (TINY, {"data": 4, "model": 2}),
+    "hybrid": (dataclasses.replace(TINY, model=HYBRID), {"data": 2, "model": 2, "context": 2}),
+    "recurrent": (dataclasses.replace(TINY, model=RECURRENT), {"data": 8}),
+}
+
+
+def compiled(cfg, axes):
+    """Returns what a training step sends."""
+    mesh = make_mesh(axes)
+    optimizer, _ = cfg.optimizer.build(cfg.num_steps)
+    with jax.set_mesh(mesh):
+        step = make_train_step(cfg, cfg.objective.build(), optimizer).lower(*abstract_state(cfg, optimizer, mesh))
+        return collectives(Program(step.compile().as_text() or ""), mesh.shape)
 
 
 @pytest.mark.parametrize(

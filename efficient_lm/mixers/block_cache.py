@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.blocks import Blocks, full_blocks, own_block_ids
 from efficient_lm.mixers.base import Leaf
 from efficient_lm.mixers.cache import Cache, init_cache, merge
@@ -140,9 +141,16 @@ def attend_in_blocks(
         view = View(k, v, ids, own_ids, positions, blocks, block_k, block_v, summarize(block_k, block_v))
         return see(view, *queries)
 
-    see_row = per_shard(see_row, f"BSKH,BSKP,BS,BS,{query_dims}", "BTNP")
+    def see_own(k, v, ids, positions, *queries):
+        (k, v, positions), places = context.gather_keys((k, v, positions), ids)
+        kv_ids = places["kv_segment_ids"]
+        return see_row(k, v, ids if kv_ids is None else kv_ids, positions, *queries)
+
+    row_dims = f"BSKH,BSKP,BS,BS,{query_dims}"
     if state is None:
-        return see_row(*arrays, segment_ids, positions, *queries), None
+        run = per_shard(see_own, row_dims, "BTNP", split_tokens=True)
+        return run(*arrays, segment_ids, positions, *queries), None
+    see_row = per_shard(see_row, row_dims, "BTNP")
     past, written = state.tokens, state.tokens.write(arrays, segment_ids, positions, length)
     in_blocks = lambda a: a.reshape(a.shape[0], -1, block_size, *a.shape[2:])
 

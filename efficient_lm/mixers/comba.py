@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -100,9 +100,9 @@ class Comba(Mixer):
         q_BTNH, write_BTNH, read_BTNH = (key.astype(x.dtype) for key in keys)
 
         def op(q, write, v, read, g, state, segment_ids):
-            return kernels.generalized_delta_rule(q, write, v, read, -write, g, state=state, segment_ids=segment_ids)
+            return context.generalized_delta_rule(q, write, v, read, -write, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BTN,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BTN,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTNH, write_BTNH, v_BTNP, read_BTNH, g_BTN, state and state.S, segment_ids)
         y_BTD = self.o_proj(self.norm(o_BTNP, self.gate_proj(x)))
         return y_BTD, state and CombaState(S_BNHP, q_conv, k_conv, v_conv)

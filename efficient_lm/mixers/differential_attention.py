@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm
 from efficient_lm.mixers.base import Mixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
@@ -77,7 +77,7 @@ class DifferentialAttention(Mixer):
         arrays = turn(self.k_proj(x)), turn(self.k2_proj(x)), self.v_proj(x)
 
         def op(q, q2, k, k2, v, *places):
-            read_by = lambda q, k: kernels.attention(q, k, v, **Places(*places)._asdict())
+            read_by = lambda q, k: context.attention(q, k, v, **Places(*places)._asdict())
             (o_BTNP, lse_BNT), (o2_BTNP, lse2_BNT) = read_by(q, k), read_by(q2, k2)
             # Two maps of one head are two heads side by side, until they are subtracted.
             flat = lambda a, axis: a.reshape(*a.shape[: axis - 1], 2 * a.shape[axis - 1], *a.shape[axis + 1 :])
@@ -85,13 +85,15 @@ class DifferentialAttention(Mixer):
 
         def read(arrays, places, is_cache):
             del is_cache
-            run = per_shard(op, f"BTNH,BTNH,BSKH,BSKH,BSKP,{Places.dims}", "BTNP,BNT")
+            run = per_shard(op, f"BTNH,BTNH,BSKH,BSKH,BSKP,{Places.dims}", "BTNP,BNT", split_tokens=True)
             return run(q_BTNH, q2_BTNH, *arrays, *places)
 
         o_BTNP, state = attend(read, arrays, state, ids_BT, positions_BT, length_B)
         products = (self.lambda_q, self.lambda_k), (self.lambda_q2, self.lambda_k2)
         lambda_1, lambda_2 = (jnp.exp(jnp.sum(q_H[...] * k_H[...])) for q_H, k_H in products)
-        o_BTNP = per_shard(_difference, "BTNP,", "BTNP")(o_BTNP, lambda_1 - lambda_2 + cfg.lambda_init)
+        o_BTNP = per_shard(_difference, "BTNP,", "BTNP", split_tokens=True)(
+            o_BTNP, lambda_1 - lambda_2 + cfg.lambda_init
+        )
         return self.o_proj((1 - cfg.lambda_init) * self.norm(o_BTNP)), state
 
 

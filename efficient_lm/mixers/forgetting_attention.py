@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm
 from efficient_lm.mixers.base import Mixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
@@ -74,10 +74,11 @@ class ForgettingAttention(Mixer):
         positions_BT, length_B = document_positions(ids_BT, state and state.length)
 
         def op(q, k, v, g, *places):
-            return kernels.attention(q, k, v, g, **Places(*places)._asdict())
+            return context.attention(q, k, v, g, **Places(*places)._asdict())
 
         def read(arrays, places, is_cache):
-            o_BTNH, lse_BNT = per_shard(op, f"BTNH,BSKH,BSKH,BSN,{Places.dims}", "BTNH,BNT")(q_BTNH, *arrays, *places)
+            run = per_shard(op, f"BTNH,BSKH,BSKH,BSN,{Places.dims}", "BTNH,BNT", split_tokens=True)
+            o_BTNH, lse_BNT = run(q_BTNH, *arrays, *places)
             if is_cache and x.shape[1] > 1:  # What these tokens have forgotten of the cache, which they are not in.
                 forgotten_BTN = jnp.cumsum(jnp.where(ids_BT[..., None] > 0, g_BTN, 0), axis=1)
                 lse_BNT = lse_BNT + jnp.moveaxis(forgotten_BTN, 1, 2)

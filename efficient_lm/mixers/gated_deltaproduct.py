@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, GatedRMSNorm, ShortConv, decay_parameters, unit_normalize
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -102,7 +102,7 @@ class GatedDeltaProduct(Mixer):
         dt_BTN = jax.nn.softplus(self.dt_proj(x).astype(jnp.float32) + self.dt_bias[...])
         g_BTN = -jnp.exp(self.A_log[...]) * dt_BTN
 
-        run = per_shard(_steps, "BTKH,BTJKH,BTJNP,BTJN,BTN,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(_steps, "BTKH,BTJKH,BTJNP,BTJN,BTN,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTKH, k_BTJKH = unit_normalize(q_BTKH), unit_normalize(k_BTJKH)
         o_BTNP, S_BNHP = run(q_BTKH, k_BTJKH, v_BTJNP, beta_BTJN, g_BTN, state and state.S, segment_ids)
 
@@ -115,7 +115,7 @@ def _steps(q_BTKH, k_BTJKH, v_BTJNP, beta_BTJN, g_BTN, S_BNHP, ids_BT):
     B, T, J = k_BTJKH.shape[:3]
     interleave = lambda x_BTJ: x_BTJ.reshape(B, T * J, *x_BTJ.shape[3:])
     at = lambda step, x_BT: interleave(jnp.zeros((B, T, J, *x_BT.shape[2:]), x_BT.dtype).at[:, :, step].set(x_BT))
-    o, S_BNHP = kernels.delta_rule(
+    o, S_BNHP = context.delta_rule(
         at(-1, q_BTKH),
         interleave(k_BTJKH),
         interleave(v_BTJNP),

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Mixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
@@ -72,13 +73,15 @@ class GroupedTiedAttention(Mixer):
         shared_BTR = turn(self.shared_proj(x)[:, :, None])[:, :, 0]
 
         def op(q, kv, shared, *places):
+            (kv, shared), places = context.gather_keys((kv, shared), *places)
             shared_BSKR = jnp.broadcast_to(shared[:, :, None], (*kv.shape[:3], shared.shape[2]))
             k_BSKH = jnp.concatenate([kv[..., :own], shared_BSKR], axis=3)
-            return kernels.attention(q, k_BSKH, kv, **Places(*places)._asdict())
+            return kernels.attention(q, k_BSKH, kv, **places)
 
         def read(arrays, places, is_cache):
             del is_cache
-            return per_shard(op, f"BTNH,BSKH,BSR,{Places.dims}", "BTNH,BNT")(q_BTNH, *arrays, *places)
+            run = per_shard(op, f"BTNH,BSKH,BSR,{Places.dims}", "BTNH,BNT", split_tokens=True)
+            return run(q_BTNH, *arrays, *places)
 
         o_BTNH, state = attend(read, (self.kv_proj(x), shared_BTR), state, ids_BT, positions_BT, length_B)
         return self.o_proj(o_BTNH), state

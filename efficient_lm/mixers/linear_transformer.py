@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -65,12 +65,12 @@ class LinearTransformer(Mixer):
     ) -> tuple[Float[Array, "B T D"], LinearTransformerState | None]:
         def op(q, k, v, state, segment_ids):
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-            o, state = kernels.linear_attention(q, k, v, state=state, segment_ids=segment_ids, scale=1.0)
+            o, state = context.linear_attention(q, k, v, state=state, segment_ids=segment_ids, scale=1.0)
             sums, total = o[..., :-1].astype(jnp.float32), o[..., -1:].astype(jnp.float32)
             # The small number is for queries that no key meets, padding's for one: their sums are 0, too.
             return (sums / (total + 1e-6)).astype(v.dtype), state
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         q_BTNH, k_BTNH = _elu_plus_one(self.q_proj(x)), _elu_plus_one(self.k_proj(x))
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), state and state.S, segment_ids)
         return self.o_proj(o_BTNP), state and LinearTransformerState(S_BNHP)

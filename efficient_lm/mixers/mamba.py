@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm, ShortConv, decay_parameters
 from efficient_lm.mixers.base import HeadsMixer, Leaf, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -77,9 +77,9 @@ class Mamba(HeadsMixer):
         dt_BTF = jax.nn.softplus(self.dt_proj(r_BTR).astype(jnp.float32) + self.dt_bias[...])
 
         def op(x, dt, A, B, C, D, state, segment_ids):
-            return kernels.selective_scan(x, dt, A, B, C, D=D, state=state, segment_ids=segment_ids)
+            return context.selective_scan(x, dt, A, B, C, D=D, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTF,BTF,FH,BTH,BTH,F,BFH,BT", "BTF,BFH")
+        run = per_shard(op, "BTF,BTF,FH,BTH,BTH,F,BFH,BT", "BTF,BFH", split_tokens=True)
         A_FH = -jnp.exp(self.A_log[...])
         y_BTF, h_BFH = run(x_BTF, dt_BTF, A_FH, B_BTH, C_BTH, self.skip[...], state and state.h, segment_ids)
         y_BTF = y_BTF.astype(jnp.float32) * jax.nn.silu(self.gate_proj(x).astype(jnp.float32))

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm, ShortConv, unit_normalize
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -100,6 +101,7 @@ class MesaNet(Mixer):
             functools.partial(_regression, self.cfg.num_iterations),
             "BTNH,BTNH,BTNP,BTN,BTN,NH,BNHH,BNHP,BT",
             "BTNP,BNHH,BNHP",
+            split_tokens=True,
         )
         # In float32: conjugate gradients amplify what is rounded.
         q_BTNH, k_BTNH = (unit_normalize(x.astype(jnp.float32)) for x in (q_BTNH, k_BTNH))
@@ -111,10 +113,12 @@ class MesaNet(Mixer):
 
 def _regression(num_iterations, q_BTNH, k_BTNH, v_BTNP, beta_BTN, g_BTN, ridge_NH, A_BNHH, V_BNHP, ids_BT):
     write_BTNH = beta_BTN[..., None] * k_BTNH
-    x_BTNH = _solve(num_iterations, q_BTNH, (write_BTNH, k_BTNH, g_BTN, ridge_NH, A_BNHH, ids_BT))
-    read = functools.partial(kernels.linear_attention, segment_ids=ids_BT, scale=1.0)
-    _, A_BNHH = read(q_BTNH, write_BTNH, k_BTNH, g_BTN, state=A_BNHH)
-    o_BTNP, V_BNHP = read(x_BTNH, write_BTNH, v_BTNP, g_BTN, state=V_BNHP)
+    # Every iteration reads the state that comes in: tokens in parts find it once.
+    entering_BNHH, A_BNHH = context.linear_attention_states(write_BTNH, k_BTNH, g_BTN, state=A_BNHH, segment_ids=ids_BT)
+    x_BTNH = _solve(num_iterations, q_BTNH, (write_BTNH, k_BTNH, g_BTN, ridge_NH, entering_BNHH, ids_BT))
+    o_BTNP, V_BNHP = context.linear_attention(
+        x_BTNH, write_BTNH, v_BTNP, g_BTN, state=V_BNHP, segment_ids=ids_BT, scale=1.0
+    )
     return o_BTNP, A_BNHH, V_BNHP
 
 

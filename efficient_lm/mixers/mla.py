@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, RMSNorm, rms_normalize
 from efficient_lm.mixers.base import HeadsMixer, MixerConfig
 from efficient_lm.mixers.cache import Cache, Places, attend, init_cache
@@ -109,7 +110,7 @@ class MLA(HeadsMixer):
 
         def read(arrays, places, is_cache):
             fn = functools.partial(_absorbed if is_cache else _expanded, scale)
-            run = per_shard(fn, f"BTNH,{latent_dims},RNH,RNP,{Places.dims}", "BTNP,BNT")
+            run = per_shard(fn, f"BTNH,{latent_dims},RNH,RNP,{Places.dims}", "BTNP,BNT", split_tokens=True)
             return run(q_BTNH, *arrays, *weights, *places)
 
         o_BTNP, state = attend(read, (memory_BTKR,), state, ids_BT, positions_BT, length_B)
@@ -118,6 +119,7 @@ class MLA(HeadsMixer):
 
 def _expanded(scale, q_BTNH, memory_BSKR, k_RNH, v_RNP, *places):
     """Attention to the keys and values that the latents stand for."""
+    (memory_BSKR,), where = context.gather_keys((memory_BSKR,), *places)
     latent_BSKR, shared_BSKH = jnp.split(memory_BSKR, [k_RNH.shape[0]], axis=3)
     K, N = latent_BSKR.shape[2], k_RNH.shape[1]
 
@@ -126,7 +128,7 @@ def _expanded(scale, q_BTNH, memory_BSKR, k_RNH, v_RNP, *places):
         return o_BSKGH.reshape(*o_BSKGH.shape[:2], N, w_RNH.shape[2])
 
     k_BSNH = jnp.concatenate([of_heads(k_RNH), jnp.repeat(shared_BSKH, N // K, axis=2)], axis=3)
-    return kernels.attention(q_BTNH, k_BSNH, of_heads(v_RNP), scale=scale, **Places(*places)._asdict())
+    return kernels.attention(q_BTNH, k_BSNH, of_heads(v_RNP), scale=scale, **where)
 
 
 def _absorbed(scale, q_BTNH, memory_BSKR, k_RNH, v_RNP, *places):
@@ -134,11 +136,12 @@ def _absorbed(scale, q_BTNH, memory_BSKR, k_RNH, v_RNP, *places):
 
     So the cache is read as it is. Values have the shared key behind them too, rather than being copied without it.
     """
+    (memory_BSKR,), where = context.gather_keys((memory_BSKR,), *places)
     (B, T, N, _), K, (R, _, H) = q_BTNH.shape, memory_BSKR.shape[2], k_RNH.shape
     grouped = lambda x_BTNH: x_BTNH.reshape(B, T, K, N // K, x_BTNH.shape[3])
     weights = lambda w_RNH: w_RNH.reshape(R, K, N // K, w_RNH.shape[2])
     q_BTKGR = jnp.einsum("BTKGH,RKGH->BTKGR", grouped(q_BTNH[..., :H]), weights(k_RNH))
     q_BTNR = jnp.concatenate([q_BTKGR.reshape(B, T, N, R), q_BTNH[..., H:]], axis=3)
-    o_BTNR, lse_BNT = kernels.attention(q_BTNR, memory_BSKR, memory_BSKR, scale=scale, **Places(*places)._asdict())
+    o_BTNR, lse_BNT = kernels.attention(q_BTNR, memory_BSKR, memory_BSKR, scale=scale, **where)
     o_BTKGP = jnp.einsum("BTKGR,RKGP->BTKGP", grouped(o_BTNR[..., :R]), weights(v_RNP))
     return o_BTKGP.reshape(B, T, N, v_RNP.shape[2]), lse_BNT

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, layer_normalize
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -85,7 +85,7 @@ class MLSTM(Mixer):
         i_BTN = self._capped(self.input_proj(x).astype(jnp.float32) + self.input_bias[...])
         f_BTN = self._capped(self.forget_proj(x).astype(jnp.float32) + self.forget_bias[...])
 
-        run = per_shard(mlstm, "BTNH,BTNH,BTNP,BTN,BTN,BNHP,BN,BT", "BTNP,BNHP,BN")
+        run = per_shard(mlstm, "BTNH,BTNH,BTNP,BTN,BTN,BNHP,BN,BT", "BTNP,BNHP,BN", split_tokens=True)
         q_BTNH, k_BTNH, v_BTNP = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         o_BTNP, S_BNHP, m_BN = run(
             q_BTNH, k_BTNH, v_BTNP, i_BTN, jax.nn.log_sigmoid(f_BTN), state and state.S, state and state.m, segment_ids
@@ -102,14 +102,26 @@ class MLSTM(Mixer):
 
 def mlstm(q_BTNH, k_BTNH, v_BTNP, i_BTN, log_f_BTN, S_BNHP, m_BN, segment_ids):
     """Returns float32 outputs and the state. S, m and segment_ids may be None."""
-    g_BTN, write_BTN, m_BTN, last_BN = _stabilized(i_BTN, log_f_BTN, m_BN, segment_ids)
+    if context.num_parts() > 1:
+        m_BN, last_BN = _handed_on(i_BTN, log_f_BTN, m_BN, segment_ids)
+        g_BTN, write_BTN, m_BTN, _ = _stabilized(i_BTN, log_f_BTN, m_BN, segment_ids)
+    else:
+        g_BTN, write_BTN, m_BTN, last_BN = _stabilized(i_BTN, log_f_BTN, m_BN, segment_ids)
     k_BTNH = (k_BTNH * write_BTN[..., None]).astype(k_BTNH.dtype)
     v_BTNP = jnp.concatenate([v_BTNP, jnp.ones_like(v_BTNP[..., :1])], axis=-1)
-    o_BTNP, S_BNHP = kernels.linear_attention(q_BTNH, k_BTNH, v_BTNP, g_BTN, state=S_BNHP, segment_ids=segment_ids)
+    o_BTNP, S_BNHP = context.linear_attention(q_BTNH, k_BTNH, v_BTNP, g_BTN, state=S_BNHP, segment_ids=segment_ids)
     o_BTNP = o_BTNP.astype(jnp.float32)
     # The authors' small number, for the case that both vanish.
     total_BTN1 = jnp.maximum(jnp.abs(o_BTNP[..., -1:]), jnp.exp(-m_BTN)[..., None]) + 1e-6
     return o_BTNP[..., :-1] / total_BTN1, S_BNHP, last_BN
+
+
+def _handed_on(i_BTN, log_f_BTN, m_BN, segment_ids):
+    """Returns m before the part's tokens, and after those of all parts: max(all of log_f + m, what it is from 0 on)."""
+    ids_BT = jnp.ones(i_BTN.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    own_BN = _stabilized(i_BTN, log_f_BTN, None, ids_BT)[3]
+    forget_BN = jax.lax.stop_gradient(jnp.sum(jnp.where(ids_BT[..., None] > 0, log_f_BTN, 0), axis=1))
+    return context.hand_on(own_BN, forget_BN, ids_BT, m_BN, apply=jnp.add, join=jnp.maximum)
 
 
 def _stabilized(i_BTN, log_f_BTN, m_BN, segment_ids):

@@ -121,4 +121,4 @@ class ParallelMixer(Mixer):
 def _channels(o: Float[Array, "B T ..."], dims: str) -> Float[Array, "B T F"]:
     """Returns heads side by side; those of one device stay there."""
     flat = lambda o: o.reshape(*o.shape[:2], math.prod(o.shape[2:]))
-    return per_shard(flat, f"BT{dims}", "BTF")(o)
+    return per_shard(flat, f"BT{dims}", "BTF", split_tokens=True)(o)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, ShortConv
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
+from efficient_lm.rotary import document_positions
 from efficient_lm.sharding import per_shard, shard
 
 # Decays are a ** (8 * gate).
@@ -74,18 +75,20 @@ class RGLRU(Mixer):
         self, x: Float[Array, "B T D"], state: RGLRUState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RGLRUState | None]:
         ids_BT = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        starts_BT, is_new_B = _starts(ids_BT, jnp.ones(x.shape[:1], bool) if state is None else state.is_new)
+        # Of the document that goes on, it matters only whether a token came before.
+        positions_BT, length_B = document_positions(ids_BT, None if state is None else 1 - state.is_new)
+        starts_BT = (ids_BT > 0) & (positions_BT == 0)
         x_BTF = self.x_proj(x) + self.x_bias[...].astype(x.dtype)
         x_BTF, conv = self.conv(x_BTF, state and state.conv, segment_ids=segment_ids)
 
         gates = self.input_gate, self.input_gate_bias, self.decay_gate, self.decay_gate_bias
         weights = [p.kernel[...] if isinstance(p, Einsum) else p[...] for p in gates]
-        run = per_shard(_recurrence, "BTF,NHP,NP,NHP,NP,F,BT,BF,BT", "BTF,BF")
+        run = per_shard(_recurrence, "BTF,NHP,NP,NHP,NP,F,BT,BF,BT", "BTF,BF", split_tokens=True)
         h_BTF, h_BF = run(x_BTF, *weights, self.decay[...], starts_BT, state and state.h, segment_ids)
 
         gate_BTF = jax.nn.gelu(self.gate_proj(x) + self.gate_bias[...].astype(x.dtype))
         y_BTD = self.o_proj(h_BTF * gate_BTF) + self.o_bias[...].astype(x.dtype)
-        return y_BTD, state and RGLRUState(h_BF, conv, is_new_B)
+        return y_BTD, state and RGLRUState(h_BF, conv, length_B == 0)
 
 
 def _recurrence(x_BTF, w_input_NHP, b_input_NP, w_decay_NHP, b_decay_NP, decay_F, starts_BT, h_BF, segment_ids):
@@ -102,13 +105,5 @@ def _recurrence(x_BTF, w_input_NHP, b_input_NP, w_decay_NHP, b_decay_NP, decay_F
     scale_BTF = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a_BTF), 1e-12))
     scale_BTF = jnp.where(starts_BT[..., None], 1.0, scale_BTF)
     write_BTF = scale_BTF * gate(w_input_NHP, b_input_NP) * x_BTF
-    h_BTF, h_BF = kernels.diagonal_scan(jnp.exp(log_a_BTF), write_BTF, state=h_BF, segment_ids=segment_ids)
+    h_BTF, h_BF = context.diagonal_scan(jnp.exp(log_a_BTF), write_BTF, state=h_BF, segment_ids=segment_ids)
     return h_BTF.astype(x_BTF.dtype), h_BF
-
-
-def _starts(ids_BT: Int[Array, "B T"], is_new_B: Bool[Array, "B"]) -> tuple[Bool[Array, "B T"], Bool[Array, "B"]]:
-    """Returns which tokens are the first of their documents, and whether none has come yet."""
-    seen_BT = jnp.pad(jax.lax.cummax(ids_BT, axis=1), ((0, 0), (1, 0)))
-    before_BT = seen_BT[:, :-1]
-    starts_BT = (ids_BT > 0) & (ids_BT != before_BT) & ((before_BT > 0) | is_new_B[:, None])
-    return starts_BT, is_new_B & (seen_BT[:, -1] == 0)

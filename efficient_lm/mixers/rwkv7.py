@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum, layer_normalize, token_before, unit_normalize
 from efficient_lm.mixers.base import Leaf, MixerConfig, Shared, SharingMixer
 from efficient_lm.sharding import per_shard, shard
@@ -155,9 +155,9 @@ class RWKV7(SharingMixer):
         a_BTNH, b_BTNH = -replaced_BTNH.astype(x.dtype), (rate_BTNH * replaced_BTNH).astype(x.dtype)
 
         def op(q, k, v, a, b, g, state, segment_ids):
-            return kernels.generalized_delta_rule(q, k, v, a, b, g, state=state, segment_ids=segment_ids, scale=1.0)
+            return context.generalized_delta_rule(q, k, v, a, b, g, state=state, segment_ids=segment_ids, scale=1.0)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BTNH,BTNH,BNHP,BT", "BTNP,BNHP")
+        run = per_shard(op, "BTNH,BTNH,BTNP,BTNH,BTNH,BTNH,BNHP,BT", "BTNP,BNHP", split_tokens=True)
         o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, v_BTNP, a_BTNH, b_BTNH, g_BTNH, state and state.S, segment_ids)
 
         # The authors' epsilon, 1e-5 for each of 64 channels.

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as kernels
+from efficient_lm import context
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Leaf, Mixer, MixerConfig
 from efficient_lm.sharding import per_shard, shard
@@ -80,7 +80,7 @@ class S4D(Mixer):
     def __call__(
         self, x: Float[Array, "B T D"], state: S4DState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], S4DState | None]:
-        run = per_shard(_filter, "BTF,F,FH,FH,FHR,F,BFH,BT", "BTF,BFH")
+        run = per_shard(_filter, "BTF,F,FH,FH,FHR,F,BFH,BT", "BTF,BFH", split_tokens=True)
         weights = [p[...] for p in (self.log_dt, self.log_decay, self.frequency, self.C, self.skip)]
         y_BTF, h_BFH = run(shard(x, "BTF"), *weights, state and state.h, segment_ids)
         y_BTF = jax.nn.gelu(y_BTF, approximate=False).astype(x.dtype)
@@ -105,7 +105,7 @@ def _filter(u_BTF, log_dt_F, log_decay_FH, frequency_FH, C_FH2, skip_F, h_BFH, s
         dtA_GH = jnp.exp(log_dt_G)[:, None] * A_GH
         mix_GH = 2 * jax.lax.complex(C_GH2[..., 0], C_GH2[..., 1]) * jnp.expm1(dtA_GH) / A_GH
         u_BTGH = jnp.broadcast_to(u_BTG[..., None], (*u_BTG.shape, H)).astype(jnp.complex64)
-        h_BTGH, h_BGH = kernels.diagonal_scan(jnp.exp(dtA_GH), u_BTGH, state=h_BGH, segment_ids=segment_ids)
+        h_BTGH, h_BGH = context.diagonal_scan(jnp.exp(dtA_GH), u_BTGH, state=h_BGH, segment_ids=segment_ids)
         return jnp.sum(h_BTGH.real * mix_GH.real - h_BTGH.imag * mix_GH.imag, axis=-1), h_BGH
 
     u_BTF = u_BTF.astype(jnp.float32)
