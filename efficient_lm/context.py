@@ -188,7 +188,7 @@ def gather_keys(
     kv_segment_ids: Int[Array, "B S"] | None = None,
     positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B S"] | None = None,
-) -> tuple[tuple[Any, ...], dict[str, Int[Array, "B X"] | None]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns all tokens' arrays `[B S ...]`, of which keys are made, and where they stand, as `attention` takes it.
 
     A ring would send the same bytes forward, and more backward, as keys would come by again. A layer of Llama 3.2 1B,

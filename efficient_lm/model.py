@@ -189,7 +189,8 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], ModelState | None, Aux]:
         """Returns what the head reads, the state, and what the feed-forward networks report, averaged over layers."""
-        embedding_VD = self.embedding[...].astype(self.cfg.dtype)
+        # Its D is split among devices that have tokens of their own: as it is, each would look up the tokens of all.
+        embedding_VD = shard(self.embedding[...].astype(self.cfg.dtype), "Vd")
         if jax.sharding.get_abstract_mesh().empty:
             x_BTD = embedding_VD[tokens]
         else:

@@ -40,20 +40,53 @@ FFN = MLPConfig(d_ff=32)
 MAMBA2 = BlockConfig(mixer=Mamba2Config(num_heads=4, num_groups=2, key_dim=8, value_dim=4), ffn=FFN)
 HYBRID = dataclasses.replace(TINY.model, blocks={"M": MAMBA2, **TINY.model.blocks}, pattern="M A")
 RECURRENT = dataclasses.replace(TINY.model, blocks={"M": MAMBA2}, pattern="M")
+# What a training step may send: how often, of what kind, along which axes.
 PINNED = {
-    "transformer": (TINY, {"data": 4, "model": 2}),
-    "hybrid": (dataclasses.replace(TINY, model=HYBRID), {"data": 2, "model": 2, "context": 2}),
-    "recurrent": (dataclasses.replace(TINY, model=RECURRENT), {"data": 8}),
+    "transformer": (
+        TINY,
+        {"data": 4, "model": 2},
+        {
+            ("all-gather", "data"): 50,
+            ("all-gather", "model"): 1,
+            ("all-reduce", "data"): 7,
+            ("all-reduce", "model"): 19,
+            ("all-reduce", "data", "model"): 1,
+        },
+    ),
+    "hybrid": (
+        dataclasses.replace(TINY, model=HYBRID),
+        {"data": 2, "model": 2, "context": 2},
+        {
+            ("all-gather", "data"): 140,
+            ("all-gather", "model"): 1,
+            ("all-gather", "context"): 62,
+            ("all-reduce", "data"): 7,
+            ("all-reduce", "model"): 37,
+            ("all-reduce", "context"): 9,
+            ("all-reduce", "data", "context"): 3,
+            ("all-reduce", "data", "model", "context"): 1,
+            ("reduce-scatter", "context"): 21,
+        },
+    ),
+    "recurrent": (
+        dataclasses.replace(TINY, model=RECURRENT),
+        {"data": 8},
+        {("all-gather", "data"): 56, ("all-reduce", "data"): 6},
+    ),
 }
 
 
-def compiled(cfg, axes):
-    """Returns what a training step sends."""
-    mesh = make_mesh(axes)
-    optimizer, _ = cfg.optimizer.build(cfg.num_steps)
+@pytest.mark.parametrize("name", PINNED)
+def test_sends_what_it_did(name, capfd, monkeypatch):
+    """A collective that nobody meant to add shows here; and the compiler never gives up on a layout."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # States of shapes are not what annotations say.
+    cfg, axes, pinned = PINNED[name]
+    mesh, (optimizer, _) = make_mesh(axes), cfg.optimizer.build(cfg.num_steps)
     with jax.set_mesh(mesh):
         step = make_train_step(cfg, cfg.objective.build(), optimizer).lower(*abstract_state(cfg, optimizer, mesh))
-        return collectives(Program(step.compile().as_text() or ""), mesh.shape)
+        program = Program(step.compile().as_text() or "")
+    assert {(c.kind, *c.axes): c.count for c in collectives(program, mesh.shape)} == pinned
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

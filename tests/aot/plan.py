@@ -53,10 +53,10 @@ def main() -> int:
         ("a large one does not", not large.fits),
         # Seven matrices of a layer, forward and backward, and the embedding.
         ("weights are gathered along data", sent.get(("all-gather", ("data",)), 0) == 2 * 7 * LAYERS + 1),
-        # Gradients of a layer come as one; the embedding's is left.
-        ("gradients are scattered along data", sent.get(("reduce-scatter", ("data",)), 0) == LAYERS),
-        # After attention and the MLP, forward and again; before them, backward; and the embedding's rows.
-        ("activations are added along model", sent.get(("all-reduce", ("model",)), 0) == 5 * LAYERS + 1),
+        # Gradients of a layer come as one; and the embedding's.
+        ("gradients are scattered along data", sent.get(("reduce-scatter", ("data",)), 0) == LAYERS + 1),
+        # After attention and the MLP, forward and again; before them, backward; and two for the embedding, rows, head.
+        ("activations are added along model", sent.get(("all-reduce", ("model",)), 0) == 5 * LAYERS + 2),
         # Links of 50 GB/s: four to a chip of a whole torus, two along one of its rings, one at the end of a line.
         ("a torus has four links", rate("v5e:16x16", {"data": 256}, "data") == 200),
         ("a ring has two links", rate("v5e:16x16", {"data": 16, "model": 16}, "model") == 100),

@@ -133,6 +133,7 @@ class BrokenMixer(Mixer):
         sum_B1D, last_B = self.init_state(B, 0) if state is None else state
         if self.breaks == "cut_anywhere":
             sum_B1D = jnp.zeros_like(sum_B1D)
+        x, ids_BT = shard(x, "BtD"), shard(ids_BT, "Bt")  # All tokens on every device.
         real_BT = ids_BT > 0
         filled_BT = jax.lax.cummax(ids_BT, axis=1)
         same_BTT = (ids_BT[:, :, None] == ids_BT[:, None]) & real_BT[:, :, None]
@@ -148,6 +149,7 @@ class BrokenMixer(Mixer):
             y_BTD = y_BTD * 1.1
         if self.breaks == "extremes_are_finite":
             y_BTD = y_BTD + 0.0 * jnp.sqrt(jnp.sum(x, axis=-1, keepdims=True) ** 2)
+        y_BTD = shard(y_BTD, "BTD")
         if state is None:
             return y_BTD, None
         last_B = jnp.maximum(last_B, jnp.max(filled_BT, axis=1, initial=0))
