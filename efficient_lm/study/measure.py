@@ -141,7 +141,7 @@ def seconds_per_token(cfg: ModelConfig, context: int, batch_size: int = 4, num_t
 
         return jax.lax.scan(one, (state, tokens_B1), length=num_tokens)[0]
 
-    model = jax.jit(lambda: cfg.build(rngs=nnx.Rngs(0)))()
+    model = cfg.build(rngs=nnx.Rngs(0))
     state, tokens_B1 = model.init_state(batch_size, context), jnp.zeros((batch_size, 1), jnp.int32)
     run = jax.jit(decode, donate_argnums=1)
     times = []
