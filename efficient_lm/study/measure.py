@@ -91,7 +91,7 @@ class Trainer:
         rng, T = np.random.default_rng(2**32), self.budget.seq_len
         nll_BT = np.concatenate([self._judged(model, self._held_out(rng))[0] for _ in range(SETS)])
         by_position = nll_BT.mean(axis=0).reshape(NUM_BINS, -1).mean(axis=1)
-        return {"loss": float(nll_BT[:, :T].mean()), "by_position": np.round(by_position, 4).tolist()}
+        return {"loss": _digits(nll_BT[:, :T].mean()), "by_position": _digits(by_position)}
 
     def _answers(self, model: LanguageModel) -> dict[str, Any]:
         """Returns shares of right answers: of recall by the number of pairs, of needles by length and depth."""
@@ -108,7 +108,7 @@ class Trainer:
             rows_BT = documents.needles(rng, self.text, rows_BT, places_BK)
             right_B = [self._judged(model, half)[1][:, asked] for half in np.split(rows_BT, 2)]
             needle.append(np.mean(right_B))
-        return {"recall": np.round(recall, 4).tolist(), "needle": np.round(needle, 4).tolist()}
+        return {"recall": _digits(recall), "needle": _digits(needle)}
 
     def _held_out(self, rng: np.random.Generator) -> Int32[np.ndarray, "B T"]:
         return documents.windows(rng, self.text.held_out, ROWS, 2 * self.budget.seq_len)
@@ -116,6 +116,10 @@ class Trainer:
     def _judged(self, model: LanguageModel, rows_BT: Int32[np.ndarray, "B T"]) -> tuple[np.ndarray, np.ndarray]:
         batch = documents.batch(rows_BT)
         return jax.device_get(self._judge(model, batch.tokens, batch.targets))
+
+
+def _digits(values: Any) -> Any:
+    return np.round(np.asarray(values, np.float64), 5).tolist()
 
 
 def judge(

@@ -86,8 +86,8 @@ def write_report(
 def _introduction(
     budget: Budget, cells: tuple[Cell, ...], costs: dict[str, Costs], first: Line, lines: list[Line]
 ) -> str:
-    sizes = [costs[cell.name].parameters for cell in cells]
-    tokens = budget.num_steps * budget.batch_size * budget.seq_len
+    sizes = [float(costs[cell.name].parameters) for cell in cells]
+    tokens = float(budget.num_steps * budget.batch_size * budget.seq_len)
     seconds = {task: sum(x["seconds"] for x in lines if x["task"] == task) for task in ("text", "recall", "decode")}
     minutes = ", ".join(f"{s / 60:.1f} of {name}" for name, s in seconds.items())
     loads = [line["load"] for line in lines]
@@ -131,7 +131,7 @@ def _losses(cells: tuple[Cell, ...], costs: dict[str, Costs], results: Results) 
         (
             cell.name,
             _stack(cell),
-            f"{count(costs[cell.name].parameters)} ({count(costs[cell.name].active_parameters)})",
+            f"{count(float(costs[cell.name].parameters))} ({count(float(costs[cell.name].active_parameters))})",
             f"{costs[cell.name].training_flops:.3g}",
             f"{results.loss[cell.name].mean():.3f}",
             " ".join(f"{loss:.3f}" for loss in results.loss[cell.name]),
@@ -210,7 +210,7 @@ PAPER_DECODING = {
 def _decoding(budget: Budget, costs: dict[str, Costs], results: Results) -> str:
     rows = []
     for name, times in results.milliseconds.items():
-        cache = [count(x) for x in costs[name].state_bytes]
+        cache = [count(float(x)) for x in costs[name].state_bytes]
         theirs = PAPER_DECODING[name]
         rows.append(
             (
@@ -221,7 +221,7 @@ def _decoding(budget: Budget, costs: dict[str, Costs], results: Results) -> str:
                 " ".join(map(str, theirs[1:])),
             )
         )
-    contexts = ", ".join(count(context) for context in budget.contexts)
+    contexts = ", ".join(count(float(context)) for context in budget.contexts)
     head = ("model", "cache, bytes", "tokens/s", "paper: MiB at 8 k", "paper: tokens/s at 2 k, 8 k, 32 k")
     return (
         f"At {contexts} tokens in the cache; batch 4, float32.\n\n"
