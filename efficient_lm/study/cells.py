@@ -37,10 +37,10 @@ BUDGETS = {
         vocab_size=512,
         batch_size=16,
         seq_len=64,
-        num_steps=200,
+        num_steps=180,
         num_seeds=3,
         extended=False,
-        contexts=(512, 2048, 8192, 32768),
+        contexts=(512, 4096, 32768),
     ),
     "medium": Budget(
         d_model=64,

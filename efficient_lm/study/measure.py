@@ -24,7 +24,7 @@ from efficient_lm.training import init_state, make_train_step
 NUM_BINS = 16  # Of positions up to twice the training length.
 LENGTHS = (0.5, 1.0, 1.5, 2.0)  # Of texts with needles, in training lengths.
 ROWS = 32  # Of one evaluation.
-SETS = 8  # Of ROWS held-out windows.
+SETS = 4  # Of ROWS held-out windows.
 
 
 @dataclasses.dataclass(frozen=True)
