@@ -19,7 +19,7 @@ from efficient_lm.console import console
 from efficient_lm.data import DataConfig
 from efficient_lm.metrics import read_metrics
 from efficient_lm.study import documents, measure
-from efficient_lm.study.cells import CLOSELY, Budget, Cell, model_config
+from efficient_lm.study.cells import DECODED, RECALLED, Budget, Cell, model_config
 from efficient_lm.study.report import write_report
 
 COMPILING = 60  # Steps that last as long as compiling a cell, for the time left.
@@ -29,10 +29,10 @@ def study(budget: Budget, cells: tuple[Cell, ...], folder: pathlib.Path, data: D
     """Measures what the folder's results do not have yet, and returns the report.
 
     Raises:
-      ValueError: the folder has results of other cells or of another budget.
+      ValueError: the folder has results of another budget or of other text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = _open(folder / "results.jsonl", budget, cells, data)
+    done = _open(folder / "results.jsonl", budget, data)
     text = documents.load_text(folder, budget.vocab_size, data)
     costs = {cell.name: measure.costs(cell, budget) for cell in cells}
     runs = {cell.name: _runs(cell, budget) for cell in cells}
@@ -41,7 +41,8 @@ def study(budget: Budget, cells: tuple[Cell, ...], folder: pathlib.Path, data: D
     def append(line: dict[str, Any]) -> None:
         with (folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(line | {"load": round(os.getloadavg()[0], 1)}) + "\n")
-        console.print(", ".join(f"{name} {value}" for name, value in line.items()), markup=False)
+        shown = {name: value for name, value in line.items() if name != "by_position"}
+        console.print(", ".join(f"{name} {value}" for name, value in shown.items()), markup=False)
 
     with Progress(
         TextColumn("{task.description}"),
@@ -55,6 +56,14 @@ def study(budget: Budget, cells: tuple[Cell, ...], folder: pathlib.Path, data: D
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=total)
+        for cell, context in [(cell, n) for cell in cells if cell.name in DECODED for n in budget.contexts]:
+            progress.update(task, description=f"{cell.name}, decoding")
+            if (cell.name, "decode", context) not in done:
+                start = time.perf_counter()
+                cfg = model_config(cell, budget.d_model, text.vocab_size + documents.NUM_SYNTHETIC)
+                each = measure.seconds_per_token(cfg, context)
+                line = {"cell": cell.name, "task": "decode", "context": context, "seconds_per_token": each}
+                append(line | {"seconds": round(time.perf_counter() - start, 1)})
         for cell in cells:
             progress.update(task, description=cell.name)
             left = [run for run in runs[cell.name] if (cell.name, *run) not in done]
@@ -65,25 +74,17 @@ def study(budget: Budget, cells: tuple[Cell, ...], folder: pathlib.Path, data: D
                 assert trainer is not None
                 results = trainer.train(what, seed, lambda: progress.advance(task))
                 append({"cell": cell.name, "task": what, "seed": seed, **results})
-        for cell, context in [(cell, n) for cell in cells if cell.name in CLOSELY for n in budget.contexts]:
-            progress.update(task, description=f"{cell.name}, decoding")
-            if (cell.name, "decode", context) not in done:
-                start = time.perf_counter()
-                cfg = model_config(cell, budget.d_model, text.vocab_size + documents.NUM_SYNTHETIC)
-                each = measure.seconds_per_token(cfg, context)
-                line = {"cell": cell.name, "task": "decode", "context": context, "seconds_per_token": each}
-                append(line | {"seconds": round(time.perf_counter() - start, 1)})
     return write_report(folder, budget, cells, costs, read_metrics(folder / "results.jsonl"))
 
 
 def _runs(cell: Cell, budget: Budget) -> list[tuple[documents.Task, int]]:
-    tasks: tuple[documents.Task, ...] = ("text", "recall") if cell.name in CLOSELY else ("text",)
+    tasks: tuple[documents.Task, ...] = ("text", "recall") if cell.name in RECALLED else ("text",)
     return [(task, seed) for task in tasks for seed in range(budget.num_seeds)]
 
 
-def _open(path: pathlib.Path, budget: Budget, cells: tuple[Cell, ...], data: DataConfig) -> set[tuple[str, str, int]]:
+def _open(path: pathlib.Path, budget: Budget, data: DataConfig) -> set[tuple[str, str, int]]:
     """Returns what is finished: cells with their tasks, and seeds or contexts."""
-    settings = {"budget": vars(budget), "stacks": {cell.name: cell.stack for cell in cells}, "data": repr(data)}
+    settings = {"budget": vars(budget), "data": repr(data)}
     settings = json.loads(json.dumps(settings))  # As it is read: tuples are lists.
     lines = read_metrics(path)
     if not lines:

@@ -70,8 +70,11 @@ class Trainer:
             seq_len=budget.seq_len,
         )
         self.optimizer, _ = self.run.optimizer.build(num_steps)
-        self._step = make_train_step(self.run, self.run.objective.build(), self.optimizer)
-        self._judge = jax.jit(judge)
+        # On a CPU, more would take longer than it saves: a program runs for seconds.
+        options = {"xla_backend_optimization_level": 1} if jax.devices()[0].platform == "cpu" else {}
+        step = make_train_step(self.run, self.run.objective.build(), self.optimizer)
+        self._step = jax.jit(step, donate_argnums=0, compiler_options=options)
+        self._judge = jax.jit(judge, compiler_options=options)
 
     def train(self, task: Task, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
         """Returns what was measured after training; calls `advance` after every step.

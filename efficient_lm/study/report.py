@@ -9,7 +9,7 @@ import numpy as np
 
 from efficient_lm.console import count
 from efficient_lm.study import plots
-from efficient_lm.study.cells import CLAIMS, CLOSELY, PLACES, RATIOS, Budget, Cell
+from efficient_lm.study.cells import CLAIMS, DECODED, PLACES, RATIOS, Budget, Cell
 from efficient_lm.study.documents import PAIRS
 from efficient_lm.study.measure import LENGTHS, Costs
 
@@ -63,7 +63,7 @@ def write_report(
     figures = {
         "ratios": plots.ratios(results.loss, results.noise, [c for c in cells if c in RATIOS + PLACES]),
         "intra": plots.all_cells(results.loss, results.noise),
-        "positions": plots.positions({n: x for n, x in results.by_position.items() if n in CLOSELY}, budget.seq_len),
+        "positions": plots.positions({n: x for n, x in results.by_position.items() if n in DECODED}, budget.seq_len),
         "recall": plots.answers(results.recall, results.needle, PAIRS, [int(x * budget.seq_len) for x in LENGTHS]),
         "decoding": plots.decoding(results.milliseconds, costs, budget.contexts),
     }
@@ -96,7 +96,7 @@ def _introduction(
 After *Hybrid Architectures for Language Models* (https://arxiv.org/abs/2510.04800), whose models have 1 B parameters
 and 60 B tokens. Here {len(cells)} models of 13 blocks, {count(min(sizes))} to {count(max(sizes))} parameters wide
 {budget.d_model}, see {count(tokens)} tokens of Python source each, in rows of {budget.seq_len}; {budget.num_seeds}
-seeds. Six of them are trained once more, on recall and needles. What so little training cannot show is said below.
+seeds. Four of them are trained once more, on recall and needles. What so little training cannot show is said below.
 
 {sum(seconds.values()) / 60:.1f} minutes in all ({minutes}), compiling included, on {first["machine"]}, load
 {min(loads):.1f} to {max(loads):.1f}; {first["date"]}, JAX {first["versions"]["jax"]}."""
@@ -152,7 +152,7 @@ def _stack(cell: Cell) -> str:
 
 def _positions(budget: Budget, results: Results) -> str:
     rows = []
-    for name in (name for name in results.by_position if name in CLOSELY):
+    for name in (name for name in results.by_position if name in DECODED):
         within, beyond = np.split(results.by_position[name], 2, axis=1)
         last, after = within[:, -4:].mean(axis=1), beyond[:, -4:].mean(axis=1)
         rows.append(
@@ -203,7 +203,6 @@ PAPER_DECODING = {
     "1:5": (43, 969, 595, 213),
     "1:12": (28, 969, 754, 355),
     "0:1": (13, 2528, 2738, 2917),
-    "intra 1:5": (38, 1089, 683, 280),
 }
 
 
