@@ -1,6 +1,6 @@
 """`python -m efficient_lm.study hybrid --budget small`: attention and Mamba-2 mixed, after arXiv 2510.04800.
 
-`small` takes 20 minutes of two CPU cores. The report names the cells, says what came out, and what the paper has.
+`small` ends within 20 minutes on two CPU cores. The report names the cells, says what came out, and what the paper has.
 """
 
 from efficient_lm.allocator import keep_freed_memory

@@ -89,14 +89,14 @@ def _introduction(
     sizes = [float(costs[cell.name].parameters) for cell in cells]
     tokens = float(budget.num_steps * budget.batch_size * budget.seq_len)
     seconds = {task: sum(x["seconds"] for x in lines if x["task"] == task) for task in ("text", "recall", "decode")}
-    minutes = ", ".join(f"{s / 60:.1f} of {name}" for name, s in seconds.items())
+    minutes = ", ".join(f"{name} {s / 60:.1f}" for name, s in seconds.items())
     loads = [line["load"] for line in lines]
     return f"""# Attention and Mamba-2, mixed
 
 After *Hybrid Architectures for Language Models* (https://arxiv.org/abs/2510.04800), whose models have 1 B parameters
-and 60 B tokens. Here {len(cells)} models of 13 blocks, {count(min(sizes))} to {count(max(sizes))} parameters wide
-{budget.d_model}, see {count(tokens)} tokens of Python source each, in rows of {budget.seq_len}; {budget.num_seeds}
-seeds. Four of them are trained once more, on recall and needles. What so little training cannot show is said below.
+and 60 B tokens. Here are {len(cells)} models of 13 blocks, {budget.d_model} wide, with {count(min(sizes))} to
+{count(max(sizes))} parameters. Each sees {count(tokens)} tokens of text in rows of {budget.seq_len}, from
+{budget.num_seeds} seeds; four of them are trained once more, on recall and needles.
 
 {sum(seconds.values()) / 60:.1f} minutes in all ({minutes}), compiling included, on {first["machine"]}, load
 {min(loads):.1f} to {max(loads):.1f}; {first["date"]}, JAX {first["versions"]["jax"]}."""
