@@ -31,7 +31,7 @@ class Budget:
 
 
 # Two CPU cores for 20 minutes, the same for a day, an accelerator. Only the small one was ever run. Of its minutes,
-# compiling takes some six (8 to 35 s a cell, 4 s for each block outside a scan), and 48 trainings take eight, at 35 ms a
+# compiling takes six (8 to 35 s a cell, 4 s for each block outside a scan), and 48 trainings take eight, at 35 ms a
 # step for attention and 60 ms for Mamba-2. Decoding takes one.
 BUDGETS = {
     "small": Budget(

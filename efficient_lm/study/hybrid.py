@@ -96,7 +96,7 @@ def _open(path: pathlib.Path, budget: Budget, data: DataConfig) -> set[tuple[str
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(path)
-    return {(line["cell"], line["task"], line.get("seed", line.get("context"))) for line in lines[1:]}
+    return {(line["cell"], line["task"], line["seed"] if "seed" in line else line["context"]) for line in lines[1:]}
 
 
 def _circumstances() -> dict[str, Any]:
