@@ -1,0 +1,1 @@
+"""Experiments that compare architectures on the machine at hand: `python -m efficient_lm.study hybrid`."""
