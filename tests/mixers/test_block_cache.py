@@ -43,7 +43,7 @@ def test_packed_equals_separate_where_blocks_are_chosen(name):
 
 
 def in_pieces(mixer, x_BTD, ids_BT):
-    """A prompt, more of it, tokens one by one (through the second row's end of a block, and of the next), and the rest."""
+    """A prompt and more of it; tokens one by one, through the second row's end of a block and of the next; the rest."""
     state, parts, start = mixer.init_state(2, T), [], 0
     for size in (11, 11, 1, 1, 1, 1, 1, 1, 1, 16):
         part = slice(start, start + size)
