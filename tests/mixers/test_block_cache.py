@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.mixers import AttentionConfig, MoBAConfig, NativeSparseAttentionConfig
+from efficient_lm.sharding import make_mesh, shard, spec
 
 WIDTHS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 CONFIGS = {
@@ -41,21 +42,44 @@ def test_packed_equals_separate_where_blocks_are_chosen(name):
     contract.assert_close(y_BTD[0, first], y_1TD[0], 1e-5, f"{name}, moved")
 
 
+def in_pieces(mixer, x_BTD, ids_BT):
+    """A prompt and more of it; tokens one by one, through the second row's end of a block and of the next; the rest."""
+    state, parts, start = mixer.init_state(2, T), [], 0
+    for size in (11, 11, 1, 1, 1, 1, 1, 1, 1, 16):
+        part = slice(start, start + size)
+        y_BTD, state = contract.call(mixer, x_BTD[:, part], state, ids_BT[:, part])
+        parts.append(y_BTD)
+        start += size
+    assert start == T
+    return jnp.concatenate(parts, axis=1), state
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pieces_equal_one_pass(name):
     mixer = contract.build(CONFIGS[name])
     x_BTD = jax.random.normal(jax.random.key(1), (2, T, contract.D_MODEL))
     want_BTD, _ = contract.call(mixer, x_BTD, None, IDS)
-    state, parts, start = mixer.init_state(2, T), [], 0
-    for size in (11, 11, 1, 1, 1, 1, 1, 1, 1, 16):  # Of the second row: through the end of a block, and of the next.
-        part = slice(start, start + size)
-        y_BTD, state = contract.call(mixer, x_BTD[:, part], state, IDS[:, part])
-        parts.append(y_BTD)
-        start += size
-    assert start == T
+    got_BTD, state = in_pieces(mixer, x_BTD, IDS)
     is_real = IDS[..., None] > 0
-    contract.assert_close(jnp.concatenate(parts, axis=1) * is_real, want_BTD * is_real, 1e-5, name)
+    contract.assert_close(got_BTD * is_real, want_BTD * is_real, 1e-5, name)
     assert state.length.tolist() == [13, 40]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_on_a_mesh(name):
+    """Caches and summaries are split like the rows and heads that they serve, through prefill and decoding."""
+    x_BTD, is_real = jax.random.normal(jax.random.key(1), (2, T, contract.D_MODEL)), IDS[..., None] > 0
+    want_BTD, want_state = in_pieces(contract.build(CONFIGS[name]), x_BTD, IDS)
+    with jax.set_mesh(make_mesh({"data": 2, "model": 2}, jax.devices()[:4])):
+        mixer = contract.build(CONFIGS[name])
+        got_BTD, state = in_pieces(mixer, shard(x_BTD, "BTD"), shard(jnp.asarray(IDS), "BT"))
+        pairs = [*zip(state.tokens.arrays, state.tokens.dims, strict=True)]
+        pairs += zip(state.summaries, state.summary_dims, strict=True)
+        for array, dims in pairs:
+            assert array.sharding.spec == spec(dims)
+            assert array.addressable_shards[0].data.size == array.size // 4
+    contract.assert_close(np.asarray(got_BTD) * is_real, want_BTD * is_real, 1e-5, name)
+    contract.assert_close(jax.device_get(state), want_state, 1e-5, f"{name}, state")
 
 
 def test_moba_that_takes_all_blocks_is_attention():
