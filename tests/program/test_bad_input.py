@@ -13,7 +13,7 @@ ARGUMENTS = {
     "misspelt field": (["--optimizer.learnin-rate", "1"], ["learnin-rate", "--optimizer.learning-rate"]),
     "value of another type": (["--num-steps", "many"], ["many"]),
     "devices": (["--mesh", "data", "4"], ["mesh {'data': 4}", "6 devices", "--mesh data -1"]),
-    "devices and heads": (["--mesh", "model", "6"], ["2 heads", "model=6", "a divisor of 2"]),
+    "devices and heads": (["--mesh", "model", "6"], ["2 key/value heads", "model=6", "a divisor of 2"]),
     "devices and rows": (["--mesh", "data", "-1"], ["batch_size=4", "2 rows", "data=6", "a divisor of 2"]),
     "axis": (["--mesh", "batch", "6"], ["'batch'", "context, data, expert, model"]),
     "processes": (["--processes.count", "2"], ["processes.index", "0 to 1"]),
