@@ -141,7 +141,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 d_LP = rule.solve(inverse_LL, x_LP, system, "tn")
                 d = rounded(d_LP)
                 # 2. Through what tokens write, and the system.
-                put_LP = gates.writes_LX(n, blocks.P) * product(k, dS)
+                put_LP = gates.writes_LX(n, blocks.P) * rule.accurate(k, dS)
                 z_LP = product(a_LL, do) + put_LP
                 dd_LP = widen_lanes(beta_LL, blocks.P) * z_LP
                 dx_LP = rule.solve(inverse_LL.T, dd_LP, system)
@@ -153,7 +153,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 pairs_LL *= beta_LL
                 dqk, dkk = rounded(da_LL * pairs_LL), rounded(jnp.where(apart_LL, dc_LL * pairs_LL, 0))
                 # 4. Through the states at the chunk's borders.
-                dread_q_HL, dread_k_HL = reads_1L * product(S, do, "nt"), -reads_1L * product(S, dx, "nt")
+                dread_q_HL, dread_k_HL = reads_1L * rule.accurate(S, do, "nt"), -reads_1L * rule.accurate(S, dx, "nt")
                 writes_LH = gates.writes_LX(n, blocks.H) * widen_lanes(beta_LL, blocks.H)
                 dqT_HL += product(kT, dqk) + dread_q_HL
                 dkT_HL += product(kT, dkk) + dread_k_HL
@@ -164,7 +164,7 @@ def backward(rule: Rule, blocks: Blocks, *refs):
                 rows_1L = jnp.sum(q_HL * dread_q_HL + k_HL * dread_k_HL, axis=0, keepdims=True)
                 whole_1L = keep_11 * jnp.sum(states_NHP[n].astype(jnp.float32) * dS_HP, keepdims=True)
                 if rule.exact:  # the pairs that span a token, as in `common/decays.py`
-                    later_LL = product(beta_LL * e_LL, jnp.where(reader >= token, 1.0, 0.0))
+                    later_LL = rule.accurate(beta_LL * e_LL, jnp.where(reader >= token, 1.0, 0.0))
                     whole_1L += jnp.sum(jnp.where(reader < token, later_LL, 0), axis=0, keepdims=True)
                     e_LL = jnp.zeros_like(e_LL)
                 else:
