@@ -3,8 +3,9 @@
 They run in `per_shard(..., split_tokens=True)`, where each device holds some of the tokens, and are the ops themselves
 where no axis is called so. What a recurrence leaves is affine in the state it is given: `leaves = decay * given + own`.
 Each device finds this map for its part and gathers those of all others: a few states are sent, whatever the number of
-tokens. What comes in that way is then added to the outputs, which are linear in it; so the recurrence runs once, with a
-second run for the map where that is a product over all tokens. Attention gathers keys and values.
+tokens. What comes in that way is then added to the outputs, which are linear in it: so the recurrence runs once, with a
+second run where the map is a product over all tokens, or, as in `selective_scan`, reading what comes in is a scan
+again. Attention gathers keys and values.
 
 Maps are exact about documents: a part in which a new one starts hands on nothing of what it was given.
 """

@@ -183,7 +183,8 @@ class Run:
         if self._log is not None:
             self._log.write(step, values)
 
-    def _evaluate(self, step: int, max_batches: int | None) -> HeldOut:
+    def _evaluate(self, step: int, max_batches: int | None) -> tuple[HeldOut, str]:
+        """Returns the loss on held-out text, and a sample."""
         batches = map(self._put, itertools.islice(self.data.validation(self._rows), max_batches))
         result = evaluate(self._eval_step, self.state.model, batches, self._token_bytes)
         sample = self.sample()
@@ -200,7 +201,7 @@ class Run:
             plot_run(self.folder, {})
         console.print(f"step {step}: held out {result.bits_per_byte:.4f} bits/byte, loss {result.loss:.4f}")
         console.print(_indent(sample), style="dim", markup=False)
-        return result
+        return result, sample
 
     def sample(self) -> str:
         """Returns the evaluation's prompt and how the model goes on."""
@@ -216,7 +217,7 @@ class Run:
         return settings.prompt + tokenizer.decode(new[(new >= 0) & (new != tokenizer.eos_id)])
 
     def _finish(self, step: int) -> None:
-        result, sample = self._evaluate(step, None), self.sample()
+        result, sample = self._evaluate(step, None)
         if not self._writes:
             return
         baselines, size = {}, sum(len(document) for document in self.data.validation_documents())

@@ -84,8 +84,8 @@ def _runs(cell: Cell, budget: Budget) -> list[tuple[documents.Task, int]]:
 
 def _open(path: pathlib.Path, budget: Budget, data: DataConfig) -> set[tuple[str, str, int]]:
     """Returns what is finished: cells with their tasks, and seeds or contexts."""
-    settings = {"budget": vars(budget), "data": repr(data)}
-    settings = json.loads(json.dumps(settings))  # As it is read: tuples are lists.
+    # As it is read: tuples are lists.
+    settings = json.loads(json.dumps({"budget": vars(budget), "data": repr(data)}))
     lines = read_metrics(path)
     if not lines:
         path.write_text(json.dumps({"settings": settings, **_circumstances()}) + "\n")

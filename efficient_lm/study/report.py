@@ -9,7 +9,7 @@ import numpy as np
 
 from efficient_lm.console import count
 from efficient_lm.study import plots
-from efficient_lm.study.cells import CLAIMS, DECODED, PLACES, RATIOS, Budget, Cell
+from efficient_lm.study.cells import CLAIMS, DECODED, PLACES, RATIOS, RECALLED, Budget, Cell
 from efficient_lm.study.documents import PAIRS
 from efficient_lm.study.measure import LENGTHS, Costs
 
@@ -91,12 +91,13 @@ def _introduction(
     seconds = {task: sum(x["seconds"] for x in lines if x["task"] == task) for task in ("text", "recall", "decode")}
     minutes = ", ".join(f"{name} {s / 60:.1f}" for name, s in seconds.items())
     loads = [line["load"] for line in lines]
+    recalled = sum(cell.name in RECALLED for cell in cells)
     return f"""# Attention and Mamba-2, mixed
 
 After *Hybrid Architectures for Language Models* (https://arxiv.org/abs/2510.04800), whose models have 1 B parameters
 and 60 B tokens. Here are {len(cells)} models of 13 blocks, {budget.d_model} wide, with {count(min(sizes))} to
 {count(max(sizes))} parameters. Each sees {count(tokens)} tokens of text in rows of {budget.seq_len}, from
-{budget.num_seeds} seeds; four of them are trained once more, on recall and needles.
+{budget.num_seeds} seeds; {recalled} of them are trained once more, on recall and needles.
 
 {sum(seconds.values()) / 60:.1f} minutes in all ({minutes}), compiling included, on {first["machine"]}, load
 {min(loads):.1f} to {max(loads):.1f}; {first["date"]}, JAX {first["versions"]["jax"]}."""
