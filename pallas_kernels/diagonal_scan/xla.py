@@ -22,15 +22,26 @@ def forward(reverse, a, x, marks_BT, state_BW):
     """Returns (h, state) and residuals. a is `[B T W]` or `[W]`, x `[B T W]`, marks are those of `documents.marks`."""
 
     def in_turn(a, x_BCLW, marks_BCL, state_BW):
-        def step(c, carry):
-            state_BW, h_BCLW, states_CBW = carry
-            states_CBW = states_CBW.at[c].set(state_BW)
-            h_BLW, state_BW = _forward(reverse, _chunk(a, c), _chunk(x_BCLW, c), _chunk(marks_BCL, c), state_BW)
-            return state_BW, _put(h_BCLW, c, h_BLW), states_CBW
+        C, L = x_BCLW.shape[1:3]
+        a, x_BTW, marks_BT = _flat(a), _flat(x_BCLW), _flat(marks_BCL)
 
-        C, empty_CBW = x_BCLW.shape[1], jnp.empty((x_BCLW.shape[1], *state_BW.shape), state_BW.dtype)
-        state_BW, h_BCLW, states_CBW = _walk(C, reverse, step, (state_BW, jnp.empty_like(x_BCLW), empty_CBW))
-        return h_BCLW, states_CBW, state_BW
+        def chunk(c, carry):
+            state_BW, h_BTW, states_CBW = carry
+            states_CBW = jax.lax.dynamic_update_index_in_dim(states_CBW, state_BW, c, axis=0)
+
+            def step(l, carry):
+                state_BW, h_BTW = carry
+                t = c * L + l
+                a_BW, real_B1, _ = _token(a, marks_BT, t, state_BW.dtype)
+                state_BW = a_BW * state_BW + jnp.where(real_B1, _at(x_BTW, t), 0)
+                return state_BW, _put(h_BTW, t, jnp.where(real_B1, state_BW, 0).astype(x_BTW.dtype))
+
+            state_BW, h_BTW = _walk(L, reverse, step, (state_BW, h_BTW))
+            return state_BW, h_BTW, states_CBW
+
+        carry = state_BW, jnp.empty_like(x_BTW), jnp.empty((C, *state_BW.shape), state_BW.dtype)
+        state_BW, h_BTW, states_CBW = _walk(C, reverse, chunk, carry)
+        return h_BTW.reshape(x_BCLW.shape), states_CBW, state_BW
 
     def at_once(a, x_BCLW, marks_BCL, state_BW):
         rows = _rows(a), _rows(x_BCLW), _rows(marks_BCL)
@@ -50,16 +61,33 @@ def backward(reverse, residuals, cotangents):
     per_token = a.ndim > 1
 
     def in_turn(a, x_BCLW, marks_BCL, dh_BCLW, states_CBW, dlast_BW):
-        def step(c, carry):
-            u_BW, da, dx_BCLW = carry
-            chunk = _chunk(a, c), _chunk(x_BCLW, c), _chunk(marks_BCL, c), _chunk(dh_BCLW, c)
-            da_chunk, dx_BLW, u_BW = _backward(reverse, *chunk, states_CBW[c], u_BW)
-            return u_BW, _put(da, c, da_chunk) if per_token else da + da_chunk, _put(dx_BCLW, c, dx_BLW)
+        B, C, L, W = x_BCLW.shape
+        dtype = dlast_BW.dtype
+        a, x_BTW, marks_BT, dh_BTW = _flat(a), _flat(x_BCLW), _flat(marks_BCL), _flat(dh_BCLW)
 
-        da = jnp.empty(x_BCLW.shape, dlast_BW.dtype) if per_token else jnp.zeros_like(dlast_BW)
-        carry = dlast_BW, da, jnp.empty_like(x_BCLW)
-        dstate_BW, da, dx_BCLW = _walk(x_BCLW.shape[1], not reverse, step, carry)
-        return da if per_token else jnp.sum(da, axis=0), dx_BCLW, dstate_BW
+        def chunk(c, carry):
+            def again(l, carry):
+                state_BW, before_BLW = carry
+                a_BW, real_B1, _ = _token(a, marks_BT, c * L + l, dtype)
+                before_BLW = _put(before_BLW, l, state_BW)
+                return a_BW * state_BW + jnp.where(real_B1, _at(x_BTW, c * L + l), 0), before_BLW
+
+            def step(l, carry):
+                u_BW, da, dx_BTW = carry
+                t = c * L + l
+                a_BW, real_B1, reads_B1 = _token(a, marks_BT, t, dtype)
+                dx_BW = u_BW + jnp.where(real_B1, _at(dh_BTW, t), 0)
+                da_BW = jnp.where(reads_B1, dx_BW * _at(before_BLW, l), 0)
+                da = _put(da, t, da_BW) if per_token else da + da_BW
+                return a_BW * dx_BW, da, _put(dx_BTW, t, jnp.where(real_B1, dx_BW, 0).astype(x_BTW.dtype))
+
+            _, before_BLW = _walk(L, reverse, again, (states_CBW[c], jnp.empty((B, L, W), dtype)))
+            return _walk(L, not reverse, step, carry)
+
+        da = jnp.empty(x_BTW.shape, dtype) if per_token else jnp.zeros_like(dlast_BW)
+        dstate_BW, da, dx_BTW = _walk(C, not reverse, chunk, (dlast_BW, da, jnp.empty_like(x_BTW)))
+        da = da.reshape(x_BCLW.shape) if per_token else jnp.sum(da, axis=0)
+        return da, dx_BTW.reshape(x_BCLW.shape), dstate_BW
 
     def at_once(a, x_BCLW, marks_BCL, dh_BCLW, states_CBW, dlast_BW):
         a, x_RLW, marks_RL, dh_RLW = (_rows(z) for z in (a, x_BCLW, marks_BCL, dh_BCLW))
@@ -82,8 +110,8 @@ def _forward(reverse, a, x_RLW, marks_RL, state_RW):
     def step(l, carry):
         state_RW, h_RLW = carry
         a_RW, real_R1, _ = _token(a, marks_RL, l, state_RW.dtype)
-        state_RW = a_RW * state_RW + jnp.where(real_R1, x_RLW[:, l], 0)
-        return state_RW, h_RLW.at[:, l].set(jnp.where(real_R1, state_RW, 0).astype(x_RLW.dtype))
+        state_RW = a_RW * state_RW + jnp.where(real_R1, _at(x_RLW, l), 0)
+        return state_RW, _put(h_RLW, l, jnp.where(real_R1, state_RW, 0).astype(x_RLW.dtype))
 
     state_RW, h_RLW = _walk(x_RLW.shape[1], reverse, step, (state_RW, jnp.empty_like(x_RLW)))
     return h_RLW, state_RW
@@ -96,18 +124,18 @@ def _backward(reverse, a, x_RLW, marks_RL, dh_RLW, state_RW, u_RW):
     def again(l, carry):
         state_RW, before_RLW = carry
         a_RW, real_R1, _ = _token(a, marks_RL, l, dtype)
-        before_RLW = before_RLW.at[:, l].set(state_RW)
-        return a_RW * state_RW + jnp.where(real_R1, x_RLW[:, l], 0), before_RLW
+        before_RLW = _put(before_RLW, l, state_RW)
+        return a_RW * state_RW + jnp.where(real_R1, _at(x_RLW, l), 0), before_RLW
 
     _, before_RLW = _walk(L, reverse, again, (state_RW, jnp.empty(x_RLW.shape, dtype)))
 
     def step(l, carry):
         u_RW, dx_RLW, da = carry
         a_RW, real_R1, reads_R1 = _token(a, marks_RL, l, dtype)
-        dx_RW = u_RW + jnp.where(real_R1, dh_RLW[:, l], 0)
-        da_RW = jnp.where(reads_R1, dx_RW * (before_RLW if a.ndim == 1 else da)[:, l], 0)
-        da = da + da_RW if a.ndim == 1 else da.at[:, l].set(da_RW)
-        return a_RW * dx_RW, dx_RLW.at[:, l].set(jnp.where(real_R1, dx_RW, 0).astype(x_RLW.dtype)), da
+        dx_RW = u_RW + jnp.where(real_R1, _at(dh_RLW, l), 0)
+        da_RW = jnp.where(reads_R1, dx_RW * _at(before_RLW if a.ndim == 1 else da, l), 0)
+        da = da + da_RW if a.ndim == 1 else _put(da, l, da_RW)
+        return a_RW * dx_RW, _put(dx_RLW, l, jnp.where(real_R1, dx_RW, 0).astype(x_RLW.dtype)), da
 
     # The gradient of a takes the place of the states, once they are read: one array less.
     da = jnp.zeros_like(state_RW) if a.ndim == 1 else before_RLW
@@ -123,7 +151,7 @@ def _borders(reverse, a, x_RLW, marks_RL, state_BW):
     def summarise(l, carry):
         keep_RW, write_RW = carry
         a_RW, real_R1, _ = _token(a, marks_RL, l, dtype)
-        return a_RW * keep_RW, a_RW * write_RW + jnp.where(real_R1, x_RLW[:, l], 0)
+        return a_RW * keep_RW, a_RW * write_RW + jnp.where(real_R1, _at(x_RLW, l), 0)
 
     def step(state_BW, chunk):
         keep_BW, write_BW = chunk
@@ -138,8 +166,8 @@ def _borders(reverse, a, x_RLW, marks_RL, state_BW):
 
 def _token(a, marks_RL, l, dtype):
     """Returns what token l leaves of the state that comes to it, whether it is no padding, and whether it reads."""
-    mark_R1 = marks_RL[:, l, None]
-    a = (a if a.ndim == 1 else a[:, l]).astype(dtype)
+    mark_R1 = _at(marks_RL, l)[:, None]
+    a = (a if a.ndim == 1 else _at(a, l)).astype(dtype)
     return jnp.where(mark_R1 == 1, a, jnp.where(mark_R1 == 0, 1, 0).astype(dtype)), mark_R1 > 0, mark_R1 == 1
 
 
@@ -163,14 +191,19 @@ def _join(x_BCLW, num_tokens):
     return x_BCLW.reshape(B, C * L, W)[:, :num_tokens]
 
 
+def _flat(x_BC):
+    """Makes one row of its chunks again."""
+    return x_BC if x_BC.ndim == 1 else x_BC.reshape(x_BC.shape[0], -1, *x_BC.shape[3:])
+
+
 def _rows(x_BC):
     """Makes rows of chunks."""
     return x_BC if x_BC.ndim == 1 else x_BC.reshape(-1, *x_BC.shape[2:])
 
 
-def _chunk(x_BC, c):
-    return x_BC if x_BC.ndim == 1 else jax.lax.dynamic_index_in_dim(x_BC, c, axis=1, keepdims=False)
+def _at(x_BT, t):
+    return jax.lax.dynamic_index_in_dim(x_BT, t, axis=1, keepdims=False)
 
 
-def _put(x_BC, c, x_B):
-    return jax.lax.dynamic_update_index_in_dim(x_BC, x_B, c, axis=1)
+def _put(x_BT, t, x_B):
+    return jax.lax.dynamic_update_index_in_dim(x_BT, x_B, t, axis=1)
