@@ -58,7 +58,9 @@ class MixtureOfDepths(Block):
         # Rows of C tokens: those that are taken, in order, and padding.
         take = per_shard(self._take, "BTD,BT,BT", "BCD,BC,BC")
         x_BCD, ids_BC, at_BC = take(x, ids_BT, scores_BT)
-        y_BCD, state, shared, aux = super().__call__(x_BCD, state, shared, segment_ids=ids_BC)
+        pick = per_shard(lambda tokens_BT, at_BC: jnp.take_along_axis(tokens_BT, at_BC, axis=1), "BT,BC", "BC")
+        taken = {name: pick(value, at_BC) if name == "tokens" else value for name, value in shared.items()}
+        y_BCD, state, _, aux = super().__call__(x_BCD, state, taken, segment_ids=ids_BC)
         y_BTD = per_shard(_put, "BTD,BT,BCD,BC,BC", "BTD")(x, jax.nn.sigmoid(scores_BT), y_BCD - x_BCD, ids_BC, at_BC)
 
         is_real_BT = ids_BT > 0

@@ -66,7 +66,7 @@ class Block(nnx.Module):
         x, aux = self._add(0, x, normed_BTD, y_BTD), {}
         if self.ffn is not None and self.ffn_norm is not None:
             normed_BTD = self.ffn_norm(x)
-            y_BTD, aux = self.ffn(normed_BTD, segment_ids=segment_ids)
+            y_BTD, aux = self.ffn(normed_BTD, segment_ids=segment_ids, tokens=shared.get("tokens"))
             x = self._add(1, x, normed_BTD, y_BTD)
         return x, state if called is None else (called, state), shared, aux
 
@@ -215,7 +215,7 @@ class LanguageModel(nnx.Module):
             x_BTD, _, out = walk(x_BTD, shared, layers)  # What a period's blocks leave, they leave for that period.
             return x_BTD, out
 
-        start = {"embedding": x_BTD, **self.called} if self.called else {}
+        start = {"tokens": tokens} | ({"embedding": x_BTD, **self.called} if self.called else {})
         x_BTD, shared, (prefix, prefix_aux) = walk(x_BTD, start, (self.prefix, state and state.prefix))
         periods, periods_aux = [], []
         if len(self.periods):

@@ -26,7 +26,8 @@ class FFNConfig(abc.ABC):
 class FFN(nnx.Module):
     """A map of each token by itself: `y, aux = ffn(x)`.
 
-    Padding (segment id 0) takes no part in what is counted or learned; what comes out there means nothing.
+    `tokens` are their numbers in the vocabulary, which few networks read. Padding (segment id 0) takes no part in what
+    is counted or learned; what comes out there means nothing.
     """
 
     def flops_per_token(self, seq_len: int) -> float:
@@ -35,6 +36,10 @@ class FFN(nnx.Module):
         return 0.0
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         raise NotImplementedError

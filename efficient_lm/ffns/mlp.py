@@ -35,7 +35,11 @@ class MLP(FFN):
 
     @jax.named_scope("mlp")
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         gate_BTF = None if self.gate_proj is None else self.gate_proj(x)
         return self.down_proj(activate(self.cfg.activation, self.up_proj(x), gate_BTF)), {}

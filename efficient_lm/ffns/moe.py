@@ -61,10 +61,14 @@ class MoE(FFN):
 
     @jax.named_scope("moe")
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         is_real_BT = shard(jnp.ones(x.shape[:2], bool), "BT") if segment_ids is None else segment_ids > 0
-        y_BTD, aux = self.router(x, is_real_BT, self.experts)
+        y_BTD, aux = self.router(x, is_real_BT, self.experts, tokens)
         if self.shared is not None:
             shared_BTD, _ = self.shared(x)
             if self.shared_gate is not None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from efficient_lm.layers import Einsum
 
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
-type Shared = Mapping[str, Any]  # What layers leave for later ones, by name: "BT...", of the same tokens.
+type Shared = Mapping[str, Any]  # By name, of the same tokens: their numbers, and what layers leave for later ones.
 type Leaf = Any  # An array of a state; or what stands for it: one with layers in front, a shape, a sharding.
 
 

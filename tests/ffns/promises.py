@@ -12,7 +12,7 @@ D_MODEL, T = 16, 12
 # Two documents a row, with padding before, between and after them.
 PACKED = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]], np.int32)
 
-call = jax.jit(lambda ffn, x, segment_ids=None: ffn(x, segment_ids=segment_ids))
+call = jax.jit(lambda ffn, x, segment_ids=None: ffn(x, segment_ids=segment_ids, tokens=tokens(x)))
 
 
 def build(cfg: FFNConfig) -> FFN:
@@ -23,9 +23,14 @@ def inputs(batch_size: int = 2, seed: int = 1) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (batch_size, T, D_MODEL))
 
 
+def tokens(x_BTD):
+    """Returns numbers that the inputs might have been embedded from."""
+    return jnp.argmax(x_BTD, axis=-1)
+
+
 def loss(ffn, x_BTD, dy_BTD, ids_BT):
     """Returns a number that depends on every output at real tokens, and on every loss that the network reports."""
-    y_BTD, aux = ffn(x_BTD, segment_ids=ids_BT)
+    y_BTD, aux = ffn(x_BTD, segment_ids=ids_BT, tokens=tokens(x_BTD))
     total = jnp.sum(jnp.where((ids_BT > 0)[..., None], y_BTD * dy_BTD, 0.0))
     return total + sum(value for name, value in aux.items() if name.endswith("_loss")), (y_BTD, aux)
 
@@ -48,7 +53,7 @@ def each_token_by_itself(cfg: FFNConfig) -> None:
     y_BTD, _ = call(ffn, x_BTD)
     alone_BTD, _ = call(ffn, x_BTD.reshape(-1, 1, D_MODEL))
     assert_close(alone_BTD.reshape(x_BTD.shape), y_BTD, 1e-5, "one by one")
-    grad_BTD = jax.jit(jax.grad(lambda x: ffn(x)[0][:, 6].sum()))(x_BTD)
+    grad_BTD = jax.jit(jax.grad(lambda x: call(ffn, x)[0][:, 6].sum()))(x_BTD)
     assert np.all(np.any(grad_BTD[:, 6] != 0, axis=-1)), "an output does not depend on its token"
     assert not np.any(np.delete(grad_BTD, 6, axis=1)), "an output depends on another token"
 

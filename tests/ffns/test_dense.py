@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import promises
 import pytest
 from test_ffns import TINY
@@ -69,9 +70,22 @@ def zero_computation(ffn, x, is_real):
     return weighted(ffn, x, weights[..., :E]) + copies + jnp.einsum("btj,btjd->btd", weights[..., E + 3 :], constant)
 
 
+def hashed(ffn, x, is_real):
+    """Of eight experts, the first hash picks one of the first four, the second one of the others."""
+    weights = np.zeros((D, E), np.float32)
+    for token in range(D):
+        for k in range(2):
+            bits = token + (2 * 3 + k) * 0x9E3779B9
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+                bits = (bits % 2**32 ^ bits % 2**32 >> shift) * factor
+            weights[token, 4 * k + bits // 2 % 4] = 1.0
+    return weighted(ffn, x, jnp.asarray(weights)[promises.tokens(x)])
+
+
 DENSE = {
     "top-p": top_p,
     "ReLU": relu,
+    "hash": hashed,
     "expert choice": expert_choice,
     "soft": soft,
     "MoE++": zero_computation,
@@ -92,7 +106,7 @@ def test_equals_dense(name):
 
         return run(ffn, promises.inputs(), promises.inputs(seed=2) * is_real_BT1)
 
-    got = gradients(lambda ffn, x: ffn(x, segment_ids=ids_BT)[0])
+    got = gradients(lambda ffn, x: promises.call(ffn, x, ids_BT)[0])
     want = gradients(lambda ffn, x: DENSE[name](ffn, x, ids_BT > 0))
     # Sums in another order, in float32.
     promises.assert_close(got, want, 1e-5, name)

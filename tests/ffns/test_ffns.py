@@ -8,6 +8,7 @@ from efficient_lm.ffns import FFNConfig, MLPConfig, MoEConfig, routers
 from efficient_lm.ffns.routers import (
     ExpertChoiceConfig,
     GroupLimitConfig,
+    HashConfig,
     ReLUConfig,
     RouterConfig,
     SoftConfig,
@@ -39,6 +40,7 @@ TINY = {
     ),
     "top-p": moe(TopPConfig(top_p=0.6, max_experts=5, expected_experts=3.0, entropy_loss=0.1, balance_loss=0.1)),
     "ReLU": moe(ReLUConfig(expected_experts=2.0, max_experts=6, loss=0.1)),
+    "hash": moe(HashConfig(num_hashes=2, seed=3)),
     "expert choice": moe(ExpertChoiceConfig(experts_per_token_on_average=2.0)),
     "soft": moe(SoftConfig(num_slots=2, seq_len=promises.T)),
     "MoE++": moe(

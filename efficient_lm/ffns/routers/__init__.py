@@ -4,6 +4,8 @@ from efficient_lm.ffns.routers.base import Router as Router
 from efficient_lm.ffns.routers.base import RouterConfig as RouterConfig
 from efficient_lm.ffns.routers.expert_choice import ExpertChoice as ExpertChoice
 from efficient_lm.ffns.routers.expert_choice import ExpertChoiceConfig as ExpertChoiceConfig
+from efficient_lm.ffns.routers.hash import Hash as Hash
+from efficient_lm.ffns.routers.hash import HashConfig as HashConfig
 from efficient_lm.ffns.routers.relu import ReLU as ReLU
 from efficient_lm.ffns.routers.relu import ReLUConfig as ReLUConfig
 from efficient_lm.ffns.routers.soft import Soft as Soft

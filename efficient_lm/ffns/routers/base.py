@@ -38,7 +38,11 @@ class Router(nnx.Module):
         return 0.0
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.ffns.base import Aux
 from efficient_lm.ffns.experts import Experts
@@ -44,7 +44,11 @@ class ExpertChoice(Router):
         self.proj = Einsum("BTD,DE->BTE", D=d_model, E=num_experts, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         scores_BTE = jax.nn.softmax(self.proj(x.astype(jnp.float32)))
         tokens_BEC, weights_BEC = per_shard(self._choose, "BTe,BT", "Bec,Bec")(scores_BTE, is_real)

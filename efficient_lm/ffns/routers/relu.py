@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.buffers import Buffer, measure
 from efficient_lm.ffns.base import Aux
@@ -60,7 +60,11 @@ class ReLU(Router):
         self.loss_weight = LossWeight(shard(weight, ""), expected=cfg.expected_experts, step=cfg.step)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         scores_BTE = jax.nn.relu(self.proj(x.astype(jnp.float32)))
         experts_BTK, weights_BTK = per_shard(self._choose, "BTe,BT", "BTk,BTk")(scores_BTE, is_real)

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.ffns.base import Aux
 from efficient_lm.ffns.experts import Experts
@@ -48,7 +48,11 @@ class Soft(Router):
         return 4.0 * math.prod(self.kernel.shape)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         kernel_DEC = (
             self.scale[...] * self.kernel[...] * jax.lax.rsqrt(jnp.sum(jnp.square(self.kernel[...]), axis=0) + 1e-6)

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.buffers import Buffer, measure
 from efficient_lm.ffns.base import Aux
@@ -81,7 +81,11 @@ class TopK(Router):
         self.bias = None if cfg.bias_rate is None else LoadBias(bias_E, rate=cfg.bias_rate)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         cfg, E = self.cfg, experts.num_experts
         logits_BTE = self.proj(x.astype(jnp.float32))

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.ffns.base import Aux
 from efficient_lm.ffns.experts import Experts
@@ -48,7 +48,11 @@ class TopP(Router):
         self.proj = Einsum("BTD,DE->BTE", D=d_model, E=num_experts, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         cfg, E = self.cfg, experts.num_experts
         logits_BTE = self.proj(x.astype(jnp.float32))

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from efficient_lm.ffns.base import Aux
 from efficient_lm.ffns.experts import Experts
@@ -59,7 +59,11 @@ class ZeroComputation(Router):
         self.mix_proj = Einsum("BTD,DJZ->BTJZ", D=D, J=J, Z=2, rngs=rngs) if J else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_real: Bool[Array, "B T"], experts: Experts
+        self,
+        x: Float[Array, "B T D"],
+        is_real: Bool[Array, "B T"],
+        experts: Experts,
+        tokens: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
         E, x32_BTD = experts.num_experts, x.astype(jnp.float32)
         scores_BTC = jax.nn.softmax(self.proj(x32_BTD))
