@@ -46,6 +46,10 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
+    def state_read(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> State:
+        """Returns a state like what is read for each token that follows: its own, or another mixer's."""
+        return self.init_state(batch_size, max_len, dtype)
+
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the floating-point operations per token forward, beside products with weights.
 
