@@ -112,6 +112,8 @@ class Memory:
     """As it was before the tokens; of one token, with it."""
     segment_ids: Leaf  # BT
     positions: Leaf  # BT
+    kv_segment_ids: Leaf = None  # BS
+    """Of the arrays, if these have other tokens as well."""
 
     def attend(self, read: Read) -> Float[Array, "B T N P"]:
         """Returns what the tokens see.
@@ -121,7 +123,7 @@ class Memory:
         """
         arrays, cache, ids_BT, positions_BT = self.arrays, self.cache, self.segment_ids, self.positions
         if cache is None:
-            return read(arrays, Places(ids_BT), False)[0]
+            return read(arrays, Places(ids_BT, self.kv_segment_ids), False)[0]
         kv_positions_BS = cache.positions()
         kv_ids_BS = jnp.where(kv_positions_BS < 0, 0, first_document(ids_BT))
         past = read(cache.arrays, Places(ids_BT, kv_ids_BS, positions_BT, kv_positions_BS), True)

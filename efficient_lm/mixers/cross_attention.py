@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels as kernels
 from efficient_lm import context
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import MixerConfig, Shared, SharingMixer, State
@@ -76,7 +77,22 @@ class KeyValues(SharingMixer):
         if self.cfg.rotary is not None:
             k_BTKH = rotate(k_BTKH, positions_BT, self.cfg.rotary)
         memory, state = remember((k_BTKH, self.v_proj(x)), state, ids_BT, positions_BT, length_B)
+        if context.num_parts() > 1:
+            memory = _gather(memory)
         return jnp.zeros_like(x), state, {**shared, "key_values": memory}
+
+
+def _gather(memory: Memory) -> Memory:
+    """Returns it with the keys and values of all parts of the sequence in each: they are sent once, for all readers."""
+
+    def gather(k, v, ids, *past):
+        (k, v), places = context.gather_keys((k, v), ids, *past)
+        return k, v, places["kv_segment_ids"]
+
+    past = () if memory.cache is None else (None, memory.positions)  # To be refused.
+    run = per_shard(gather, "BTKH,BTKH,BT" + ",BT" * len(past), "BSKH,BSKH,BS", split_tokens=True)
+    *arrays, kv_ids_BS = run(*memory.arrays, memory.segment_ids, *past)
+    return dataclasses.replace(memory, arrays=tuple(arrays), kv_segment_ids=kv_ids_BS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +152,7 @@ class CrossAttention(SharingMixer):
             q_BTNH = rotate(q_BTNH, memory.positions, keys.rotary)
 
         def op(q, k, v, *places):
-            return context.attention(q, k, v, **Places(*places)._asdict())
+            return kernels.attention(q, k, v, **Places(*places)._asdict())
 
         def read(arrays, places, is_cache):
             del is_cache

@@ -70,6 +70,7 @@ TINY = [
     LinearTransformerConfig(num_heads=2, key_dim=8, value_dim=16),
     MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
     RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
+    RetNetConfig(num_heads=4, key_dim=8, value_dim=16, decay_temperature=4.0),
     RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
     RWKV7Config(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, rate_rank=6, gate_rank=10),
     HGRNConfig(width=48, lower_bound=0.25),
