@@ -99,7 +99,7 @@ def init_cache(
 
 
 type Read = Callable[[tuple[Array, ...], Places, bool], tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]]
-"""`read(arrays, places, is_cache)`: what tokens see of arrays `[B S ...]`, and the log of each softmax's denominator."""
+"""`read(arrays, places, is_cache)`: what tokens see of arrays `[B S ...]`, and the logs of the softmaxes' sums."""
 
 
 @jax.tree_util.register_dataclass

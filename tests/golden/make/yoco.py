@@ -8,12 +8,12 @@ of the embeddings, the norm of the output, and which channels turn together. Doc
 import sys
 
 import torch
-from common import SEGMENT_IDS, draw, generator, record
+from common import SEGMENT_IDS, generator, record
 from parameters import parameters
 from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm
 from torch.nn.functional import logsigmoid, silu, softmax
 
-V, D, F, L = 29, 24, 20, 6  # L layers, half of them a self-decoder.
+V, D, F, L = 29, 24, 20, 4  # L layers, half of them a self-decoder.
 EPS = 1e-6
 
 SETTINGS = {
@@ -57,7 +57,8 @@ class WindowAttention(Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x):
-        heads = zip(*(split(f(x), SETTINGS["n_self_heads"]) for f in (self.q_proj, self.k_proj, self.v_proj)))
+        projected = (split(f(x), SETTINGS["n_self_heads"]) for f in (self.q_proj, self.k_proj, self.v_proj))
+        heads = zip(*projected, strict=True)
         return self.out_proj(torch.cat([attend(q, k, v, self.window) for q, k, v in heads], dim=1))
 
 
@@ -70,9 +71,9 @@ class GatedRetention(Module):
 
     def forward(self, x):
         log_gamma = logsigmoid(self.gt_proj(x)) / self.tau
+        projected = (split(f(x), SETTINGS["n_self_heads"]) for f in (self.q_proj, self.k_proj, self.v_proj))
         outputs = []
-        heads = zip(*(split(f(x), SETTINGS["n_self_heads"]) for f in (self.q_proj, self.k_proj, self.v_proj)))
-        for head, (q, k, v) in enumerate(heads):
+        for head, (q, k, v) in enumerate(zip(*projected, strict=True)):
             total = log_gamma[:, head].cumsum(0)
             decay = (total[:, None] - total).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf).exp()
             o = ((turn(q) @ turn(k).T / q.shape[1] ** 0.5) * decay) @ v
@@ -87,7 +88,9 @@ class CrossAttention(Module):
 
     def forward(self, x, keys, values):
         N, K = SETTINGS["n_attn_heads"], SETTINGS["n_attn_kv_heads"]
-        heads = [attend(q, keys[n * K // N], values[n * K // N], len(x)) for n, q in enumerate(split(self.q_proj(x), N))]
+        heads = [
+            attend(q, keys[n * K // N], values[n * K // N], len(x)) for n, q in enumerate(split(self.q_proj(x), N))
+        ]
         return self.out_proj(torch.cat(heads, dim=1))
 
 
