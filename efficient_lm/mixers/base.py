@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from efficient_lm.layers import Einsum
 
 type State = Any  # A pytree of arrays with the batch in front, one per layer.
-type Shared = Mapping[str, Any]  # What layers leave for later ones, by name: "BT...", of the same tokens.
+type Shared = Mapping[str, Any]  # What layers leave for later ones, by name, of the same tokens.
 type Leaf = Any  # An array of a state; or what stands for it: one with layers in front, a shape, a sharding.
 
 
@@ -91,7 +91,7 @@ class HeadsMixer(Mixer):
 class SharingMixer(Mixer):
     """A mixer that sees what earlier layers left for later ones, and may leave something itself.
 
-    What is shared are activations of the tokens at hand, not part of the state.
+    What is shared are activations of the tokens at hand, and what the layer that left them remembers, to be read.
     """
 
     def share(
