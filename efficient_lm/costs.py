@@ -7,7 +7,7 @@ does not count: norms, gates, activations, short convolutions.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import jax
@@ -21,6 +21,7 @@ from efficient_lm.config import TrainConfig
 from efficient_lm.console import console, count
 from efficient_lm.console import table as console_table
 from efficient_lm.mixers import Mixer
+from efficient_lm.mixers.base import State
 from efficient_lm.model import BlockConfig, LanguageModel, ModelConfig
 from efficient_lm.transformer_call import TransformerCallConfig
 
@@ -67,7 +68,7 @@ def block_costs(cfg: ModelConfig, *, context: int, batch_size: int = 1) -> dict[
         mixing = block.mixer.flops_per_token(seen)
         mixing += 0.0 if block.ffn is None else block.ffn.flops_per_token(seen)
         # Of a state, all is read and one token's part is written; what does not grow is one token's part.
-        moved = state_bytes(block.mixer, cfg, context) + state_bytes(block.mixer, cfg, 1)
+        moved = _nbytes(block.mixer.state_read, cfg, context) + state_bytes(block.mixer, cfg, 1)
         costs = Costs(
             parameters=num_parameters(block),
             active_parameters=block.share * _used_parameters(block),
@@ -119,9 +120,13 @@ def num_parameters(tree: object) -> int:
 
 def state_bytes(mixer: Mixer, cfg: ModelConfig, max_len: int, batch_size: int = 1) -> int:
     """Returns the memory of the states of sequences in one layer, with room for `max_len` tokens each."""
+    return _nbytes(mixer.init_state, cfg, max_len, batch_size)
+
+
+def _nbytes(init: Callable[[int, int, str], State], cfg: ModelConfig, max_len: int, batch_size: int = 1) -> int:
     # On no mesh: devices need not be able to share the sequences.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        state = jax.eval_shape(lambda: mixer.init_state(batch_size, max_len, cfg.dtype))
+        state = jax.eval_shape(lambda: init(batch_size, max_len, cfg.dtype))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

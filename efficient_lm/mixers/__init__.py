@@ -7,6 +7,10 @@ from efficient_lm.mixers.base import Mixer as Mixer
 from efficient_lm.mixers.base import MixerConfig as MixerConfig
 from efficient_lm.mixers.comba import Comba as Comba
 from efficient_lm.mixers.comba import CombaConfig as CombaConfig
+from efficient_lm.mixers.cross_attention import CrossAttention as CrossAttention
+from efficient_lm.mixers.cross_attention import CrossAttentionConfig as CrossAttentionConfig
+from efficient_lm.mixers.cross_attention import KeyValues as KeyValues
+from efficient_lm.mixers.cross_attention import KeyValuesConfig as KeyValuesConfig
 from efficient_lm.mixers.deltanet import DeltaNet as DeltaNet
 from efficient_lm.mixers.deltanet import DeltaNetConfig as DeltaNetConfig
 from efficient_lm.mixers.differential_attention import DifferentialAttention as DifferentialAttention

@@ -46,6 +46,10 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
+    def state_read(self, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32) -> State:
+        """Returns a state like what is read for each token that follows: its own, or another mixer's."""
+        return self.init_state(batch_size, max_len, dtype)
+
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the floating-point operations per token forward, beside products with weights.
 
@@ -87,7 +91,7 @@ class HeadsMixer(Mixer):
 class SharingMixer(Mixer):
     """A mixer that sees what earlier layers left for later ones, and may leave something itself.
 
-    What is shared are activations of the tokens at hand, not part of the state.
+    What is shared are activations of the tokens at hand, and what the layer that left them remembers, to be read.
     """
 
     def share(

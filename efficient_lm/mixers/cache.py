@@ -98,34 +98,68 @@ def init_cache(
     )
 
 
+type Read = Callable[[tuple[Array, ...], Places, bool], tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]]
+"""`read(arrays, places, is_cache)`: what tokens see of arrays `[B S ...]`, and the logs of the softmaxes' sums."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What tokens may attend to: one another, and those that a cache holds."""
+
+    arrays: tuple[Leaf, ...]  # [B T ...]
+    cache: Cache | None
+    """As it was before the tokens; of one token, with it."""
+    segment_ids: Leaf  # BT
+    positions: Leaf  # BT
+    kv_segment_ids: Leaf = None  # BS
+    """Of the arrays, if these have other tokens as well."""
+
+    def attend(self, read: Read) -> Float[Array, "B T N P"]:
+        """Returns what the tokens see.
+
+        They read each other as in training, by the same kernels, and the cache by itself; one token reads the cache
+        that it is in.
+        """
+        arrays, cache, ids_BT, positions_BT = self.arrays, self.cache, self.segment_ids, self.positions
+        if cache is None:
+            return read(arrays, Places(ids_BT, self.kv_segment_ids), False)[0]
+        kv_positions_BS = cache.positions()
+        kv_ids_BS = jnp.where(kv_positions_BS < 0, 0, first_document(ids_BT))
+        past = read(cache.arrays, Places(ids_BT, kv_ids_BS, positions_BT, kv_positions_BS), True)
+        if ids_BT.shape[1] == 1:
+            return past[0]
+        # Sinks are the first tokens of the document, not of these.
+        own = Places(ids_BT, ids_BT, positions_BT, positions_BT) if cache.sink_tokens else Places(ids_BT)
+        return merge(read(arrays, own, False), past)
+
+
+def remember(
+    arrays: tuple[Array, ...],
+    cache: Cache | None,
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    length: Int[Array, "B"],
+) -> tuple[Memory, Cache | None]:
+    """Returns what the tokens may attend to, and the cache after them.
+
+    `positions` and `length` are what `document_positions` says.
+    """
+    written = cache and cache.write(arrays, segment_ids, positions, length)
+    return Memory(arrays, written if segment_ids.shape[1] == 1 else cache, segment_ids, positions), written
+
+
 def attend(
-    read: Callable[[tuple[Array, ...], Places, bool], tuple[Float[Array, "B T N P"], Float[Array, "B N T"]]],
+    read: Read,
     arrays: tuple[Array, ...],
     cache: Cache | None,
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     length: Int[Array, "B"],
 ) -> tuple[Float[Array, "B T N P"], Cache | None]:
-    """Returns what the tokens see of each other and of the cache, and the cache after them.
-
-    `read(arrays, places, is_cache)` is their attention to arrays `[B S ...]`: outputs, and the log of each softmax's
-    denominator. Tokens read each other as in training, by the same kernels, and the cache by itself; one token reads
-    the cache that it is in. `positions` and `length` are what `document_positions` says.
-    """
-    if cache is None:
-        return read(arrays, Places(segment_ids), False)[0], None
-
-    def read_cache(cache):
-        kv_positions_BS = cache.positions()
-        kv_ids_BS = jnp.where(kv_positions_BS < 0, 0, first_document(segment_ids))
-        return read(cache.arrays, Places(segment_ids, kv_ids_BS, positions, kv_positions_BS), True)
-
-    written = cache.write(arrays, segment_ids, positions, length)
-    if segment_ids.shape[1] == 1:
-        return read_cache(written)[0], written
-    # Sinks are the first tokens of the document, not of these.
-    own = Places(segment_ids, segment_ids, positions, positions) if cache.sink_tokens else Places(segment_ids)
-    return merge(read(arrays, own, False), read_cache(cache)), written
+    """Returns what the tokens see of each other and of the cache, and the cache after them, as `remember` has it."""
+    memory, cache = remember(arrays, cache, segment_ids, positions, length)
+    return memory.attend(read), cache
 
 
 def merge(own, past):

@@ -1,4 +1,7 @@
-"""Retention: linear attention whose heads forget at fixed rates of their own (https://arxiv.org/abs/2307.08621)."""
+"""Retention: linear attention whose heads forget at fixed rates of their own (https://arxiv.org/abs/2307.08621).
+
+Gated retention is the one whose rates depend on the data (https://arxiv.org/abs/2405.05254).
+"""
 
 import dataclasses
 
@@ -24,6 +27,8 @@ class RetNetConfig(MixerConfig):
     """Width of a head's values: columns of its state. The paper takes 2 * d_model / num_heads."""
     rotary: RotaryConfig = RotaryConfig()
     """The paper's xPos: its rotation; the decays that go with it are those of the heads."""
+    decay_temperature: float | None = None
+    """Gated retention: log-decays are log_sigmoid(.) of a projection divided by this, 16 in its paper. None: fixed."""
 
     def build(self, d_model: int, *, rngs: nnx.Rngs) -> "RetNet":
         if int(self.key_dim * self.rotary.fraction) % 2:
@@ -50,6 +55,7 @@ class RetNet(HeadsMixer):
         self.k_proj = Einsum("BTD,DNH->BTNH", D=D, N=N, H=H, rngs=rngs)
         self.v_proj = Einsum("BTD,DNP->BTNP", D=D, N=N, P=P, rngs=rngs)
         self.gate_proj = Einsum("BTD,DNP->BTNP", D=D, N=N, P=P, rngs=rngs)
+        self.decay_proj = None if cfg.decay_temperature is None else Einsum("BTD,DN->BTN", D=D, N=N, rngs=rngs)
         self.norm = GatedRMSNorm(P)
         self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=P, D=D, rngs=rngs)
 
@@ -78,12 +84,16 @@ class RetNet(HeadsMixer):
         positions_BT, length_B = document_positions(ids_BT, state and state.document_length)
         q_BTNH = rotate(self.q_proj(x), positions_BT, self.cfg.rotary)
         k_BTNH = rotate(self.k_proj(x), positions_BT, self.cfg.rotary)
-        # Head n keeps 1 - 2^(-5 - n) of its state at each token.
-        g_N = shard(jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.cfg.num_heads)))), "N")
+        if self.decay_proj is None or self.cfg.decay_temperature is None:
+            # Head n keeps 1 - 2^(-5 - n) of its state at each token.
+            g, g_dims = shard(jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.cfg.num_heads)))), "N"), "N"
+        else:
+            decay_BTN = self.decay_proj(x).astype(jnp.float32)
+            g, g_dims = jax.nn.log_sigmoid(decay_BTN) / self.cfg.decay_temperature, "BTN"
 
         def op(q, k, v, g, state, segment_ids):
             return context.linear_attention(q, k, v, g, state=state, segment_ids=segment_ids)
 
-        run = per_shard(op, "BTNH,BTNH,BTNP,N,BNHP,BT", "BTNP,BNHP", split_tokens=True)
-        o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), g_N, state and state.S, segment_ids)
+        run = per_shard(op, f"BTNH,BTNH,BTNP,{g_dims},BNHP,BT", "BTNP,BNHP", split_tokens=True)
+        o_BTNP, S_BNHP = run(q_BTNH, k_BTNH, self.v_proj(x), g, state and state.S, segment_ids)
         return self.norm(o_BTNP, self.gate_proj(x)), state and RetNetState(S_BNHP, length_B)

@@ -13,6 +13,7 @@ from efficient_lm import mixers
 from efficient_lm.mixers import (
     AttentionConfig,
     CombaConfig,
+    CrossAttentionConfig,
     DeltaNetConfig,
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
@@ -22,6 +23,7 @@ from efficient_lm.mixers import (
     GroupedTiedAttentionConfig,
     HGRN2Config,
     HGRNConfig,
+    KeyValuesConfig,
     KimiDeltaAttentionConfig,
     LightningConfig,
     LinearTransformerConfig,
@@ -68,6 +70,7 @@ TINY = [
     LinearTransformerConfig(num_heads=2, key_dim=8, value_dim=16),
     MLSTMConfig(num_heads=2, key_dim=8, value_dim=16),
     RetNetConfig(num_heads=4, key_dim=8, value_dim=16),
+    RetNetConfig(num_heads=4, key_dim=8, value_dim=16, decay_temperature=4.0),
     RWKV6Config(num_heads=2, key_dim=8, value_dim=16, mix_rank=4, decay_rank=6),
     RWKV7Config(num_heads=2, key_dim=8, value_dim=16, decay_rank=4, rate_rank=6, gate_rank=10),
     HGRNConfig(width=48, lower_bound=0.25),
@@ -85,23 +88,29 @@ TINY = [
 ]
 
 RWKV7 = next(cfg for cfg in TINY if isinstance(cfg, RWKV7Config))
-# A mixer that needs what an earlier layer left, with that layer.
-PAIR = PairConfig(first=RWKV7, second=dataclasses.replace(RWKV7, value_rank=2))
+KEYS = KeyValuesConfig(num_kv_heads=2, head_dim=8)
+# Mixers that need what an earlier layer left, with that layer.
+PAIRS = [
+    PairConfig(first=RWKV7, second=dataclasses.replace(RWKV7, value_rank=2)),
+    PairConfig(first=KEYS, second=CrossAttentionConfig(num_heads=4, keys=KEYS)),
+]
 
 
 def test_every_mixer_is_covered():
     exported = {c for c in vars(mixers).values() if isinstance(c, type) and issubclass(c, MixerConfig)}
-    assert exported - {MixerConfig} == {type(cfg) for cfg in TINY}
+    tested = [*TINY, *(cfg for pair in PAIRS for cfg in (pair.first, pair.second))]
+    assert exported - {MixerConfig} == {type(cfg) for cfg in tested}
 
 
 def case(cfg):
     """One process tests all promises of a mixer: they share compiled programs."""
-    name = type(cfg).__name__.removesuffix("Config")
+    named = cfg.second if isinstance(cfg, PairConfig) else cfg
+    name = type(named).__name__.removesuffix("Config")
     return pytest.param(cfg, id=name, marks=pytest.mark.xdist_group(name))
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("cfg", [case(cfg) for cfg in [*TINY, PAIR]])
+@pytest.mark.parametrize("cfg", [case(cfg) for cfg in [*TINY, *PAIRS]])
 def test_promise(cfg, promise):
     promise(cfg)
 

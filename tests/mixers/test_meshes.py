@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_contract import PAIR, TINY
+from test_contract import PAIRS, TINY
 
 from configs import quickstart
 from efficient_lm.data import Batch
@@ -36,7 +36,7 @@ ROWS = [
     [0] * 4 + [1] + [2] * 8 + [0] * 5 + [3] * 6,
 ]
 IDS = np.array(ROWS * 2, np.int32)
-CASES = {f"{type(cfg).__name__.removesuffix('Config')}-{i}": cfg for i, cfg in enumerate([*TINY, PAIR])}
+CASES = {f"{type(cfg).__name__.removesuffix('Config')}-{i}": cfg for i, cfg in enumerate([*TINY, *PAIRS])}
 
 
 def of_mixer(cfg):
