@@ -31,6 +31,8 @@ from efficient_lm.mixers.lightning import Lightning as Lightning
 from efficient_lm.mixers.lightning import LightningConfig as LightningConfig
 from efficient_lm.mixers.linear_transformer import LinearTransformer as LinearTransformer
 from efficient_lm.mixers.linear_transformer import LinearTransformerConfig as LinearTransformerConfig
+from efficient_lm.mixers.lolcats import LoLCATs as LoLCATs
+from efficient_lm.mixers.lolcats import LoLCATsConfig as LoLCATsConfig
 from efficient_lm.mixers.mamba import Mamba as Mamba
 from efficient_lm.mixers.mamba import MambaConfig as MambaConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2
