@@ -27,6 +27,8 @@ from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2
 from efficient_lm.mixers.hgrn2 import HGRN2Config as HGRN2Config
 from efficient_lm.mixers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from efficient_lm.mixers.kimi_delta_attention import KimiDeltaAttentionConfig as KimiDeltaAttentionConfig
+from efficient_lm.mixers.liger import Liger as Liger
+from efficient_lm.mixers.liger import LigerConfig as LigerConfig
 from efficient_lm.mixers.lightning import Lightning as Lightning
 from efficient_lm.mixers.lightning import LightningConfig as LightningConfig
 from efficient_lm.mixers.linear_transformer import LinearTransformer as LinearTransformer

@@ -1,16 +1,16 @@
-"""LoLCATs: softmax attention to the near tokens, linear attention to all before, of one sum (https://arxiv.org/abs/2410.10254).
+"""LoLCATs: softmax attention to the near, linear attention to all before, of one sum (https://arxiv.org/abs/2410.10254).
 
-A query's weights are, before they are divided by their sum, of the keys less than `window_size` from it, itself included,
+A query's weights, before they are divided by their sum, are, of the keys less than `window_size` from it,
 
-    factor * exp(score - largest score in the window),    score = q . k / sqrt(H),    factor = sigmoid(learned, per head)
+    factor * exp(score - largest score in the window),    score = q . k / sqrt(H),    factor = sigmoid(learned),
 
 and of all keys before these `phi_q(q) . phi_k(k)`, with Hedgehog's features (https://arxiv.org/abs/2402.04347)
-`phi(x) = [softmax(W x), softmax(-W x)]`, W learned for each query head. Keys are rotated first. The largest score does not
-cancel, as it would in a softmax: it lowers the window's weights and not the others. It is part of the function, and of its
-gradient; it also means that nothing overflows, and that the weights' sum is at least `factor`.
+`phi(x) = [softmax(W x), softmax(-W x)]`, W and the factor learned for each query head. Queries and keys are rotated first.
+The largest score does not cancel, as it does in a softmax: it lowers the window's weights and not the others, so it is part
+of the function and of its gradient. Nothing overflows by it, and the sum of the weights is at least the factor.
 
-This is the window that slides, which the published code has for training and decodes with. Its other one, for which a
-window moves on by as many tokens as it is wide, is not here: it decodes another function than it trains.
+This is the published code's window that slides, with which it also decodes. Its other one, which moves on by as many tokens
+as it is wide, is not here: trained with that, it decodes another function.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class LoLCATsConfig(MixerConfig):
     """Heads of keys and values; None: as many as there are query heads. Features are of each query head's own."""
     head_dim: int
     feature_dim: int
-    """Rows of W; there are twice as many features. The paper takes head_dim / 2."""
+    """Rows of W; there are twice as many features. Published models have head_dim / 2 of 128."""
     window_size: int = 64
     """Tokens that a query sees by softmax attention, itself included."""
     window_factor: float = 0.5
@@ -78,6 +78,9 @@ class LoLCATs(HeadsMixer):
         self.v_proj = Einsum("BTD,DKP->BTKP", D=D, K=K, P=H, rngs=rngs)
         self.q_features = Einsum("BTNH,NHF->BTNF", N=N, H=H, F=F, rngs=rngs)
         self.k_features = Einsum("BTNH,NHF->BTNF", N=N, H=H, F=F, rngs=rngs)
+        # As the published recipe starts: W lets through the first channels.
+        for features in (self.q_features, self.k_features):
+            features.kernel[...] = shard(jnp.broadcast_to(jnp.eye(H, F), (N, H, F)), "NHF")
         logit = math.log(cfg.window_factor / (1 - cfg.window_factor))
         self.window_logit = nnx.Param(shard(jnp.full((N,), logit, jnp.float32), "N"))
         self.o_proj = Einsum("BTNP,NPD->BTD", N=N, P=H, D=D, rngs=rngs)
@@ -104,7 +107,11 @@ class LoLCATs(HeadsMixer):
 
     @jax.named_scope("lolcats")
     def heads(
-        self, x: Float[Array, "B T D"], state: LoLCATsState | None = None, *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        state: LoLCATsState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T N P"], LoLCATsState | None]:
         cfg = self.cfg
         q_BTNH, k_BTKH, v_BTKP = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -174,7 +181,8 @@ def _near_and_far(
 def _window(size, q_BTNH, k_BSKH, v_BSKP, ids_BT, kv_ids_BS):
     """Returns sums of values and of weights; the queries are the last of the tokens, of which each sees `size`.
 
-    Queries go in blocks of no more than that, each with the keys that its queries see: a band of the T x S scores.
+    Queries go in blocks of no more than that, each with the keys that its queries see: a band of the T x S scores. They
+    are made here, as `attention` gives the sum of the weights but not the largest score.
     """
     (B, T, N, H), (_, S, K, P) = q_BTNH.shape, v_BSKP.shape
     L = max(min(T, size), 1)
@@ -186,24 +194,20 @@ def _window(size, q_BTNH, k_BSKH, v_BSKP, ids_BT, kv_ids_BS):
         return padded[:, start + L * jnp.arange(C)[:, None] + jnp.arange(width)]
 
     q_BCLKGH = of_blocks(q_BTNH.reshape(B, T, K, N // K, H), 0, L, 0)
-    k_BCXKH, v_BCXKP, kv_ids_BCX = (
-        of_blocks(a, size - 1, L + size - 1, S - T) for a in (k_BSKH, v_BSKP, kv_ids_BS)
-    )
+    k_BCXKH, v_BCXKP, kv_ids_BCX = (of_blocks(a, size - 1, L + size - 1, S - T) for a in (k_BSKH, v_BSKP, kv_ids_BS))
     ids_BCL1, ahead_LX = of_blocks(ids_BT, 0, L, 0)[..., None], jnp.arange(L + size - 1) - jnp.arange(L)[:, None]
     is_seen_BCLX = (kv_ids_BCX[:, :, None] == ids_BCL1) & (ids_BCL1 > 0) & (ahead_LX >= 0) & (ahead_LX < size)
     is_seen = is_seen_BCLX[:, :, None, None]
     scores = jnp.einsum("BCLKGH,BCXKH->BCKGLX", q_BCLKGH, k_BCXKH, preferred_element_type=jnp.float32) * H**-0.5
     scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.where(is_seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
-    sums = jnp.einsum(
-        "BCKGLX,BCXKP->BCLKGP", weights.astype(v_BSKP.dtype), v_BCXKP, preferred_element_type=jnp.float32
-    )
+    sums = jnp.einsum("BCKGLX,BCXKP->BCLKGP", weights.astype(v_BSKP.dtype), v_BCXKP, preferred_element_type=jnp.float32)
     total = jnp.moveaxis(jnp.sum(weights, axis=-1), 4, 2)
     return sums.reshape(B, C * L, N, P)[:, :T], total.reshape(B, C * L, N)[:, :T]
 
 
 def _features(x_BTNH, kernel_NHF):
-    y = jnp.einsum("BTNH,NHF->BTNF", x_BTNH, kernel_NHF.astype(x_BTNH.dtype), preferred_element_type=jnp.float32)
+    y = jnp.einsum("BTNH,NHF->BTNF", x_BTNH, kernel_NHF.astype(x_BTNH.dtype)).astype(jnp.float32)
     return jnp.concatenate([jax.nn.softmax(y, axis=-1), jax.nn.softmax(-y, axis=-1)], axis=-1).astype(x_BTNH.dtype)
 
 

@@ -44,6 +44,7 @@ from efficient_lm.mixers import (
     HGRN2Config,
     HGRNConfig,
     KimiDeltaAttentionConfig,
+    LigerConfig,
     LinearTransformerConfig,
     LoLCATsConfig,
     MesaNetConfig,
@@ -309,6 +310,10 @@ def lolcats(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     parameters = {"q_features.kernel": "q_map", "k_features.kernel": "k_map", "window_logit": "window_factors"}
     parameters = {ours: p[theirs] for ours, theirs in parameters.items()}
     return LoLCATsConfig(**_in_blocks(settings, names)), parameters | _grouped_projections(settings, p)
+
+
+def liger(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    return LigerConfig(**_in_blocks(settings, {"window_size": "window_size"})), _grouped_projections(settings, p)
 
 
 def native_sparse_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
@@ -581,6 +586,7 @@ CACHED = {
     "layer_forgetting_attention": forgetting_attention,
     "layer_moba": moba,
     "layer_lolcats": lolcats,
+    "layer_liger": liger,
     "layer_native_sparse_attention": native_sparse_attention,
     "layer_deepseek_v2": deepseek,
     "layer_deepseek_v3": deepseek,

@@ -1,8 +1,8 @@
 """Golden layer: LoLCATs, in torch, with all T x T weights of both of its attentions.
 
-Written from the paper (https://arxiv.org/abs/2410.10254, equation 6) and the semantics of its published code with the window
-that slides, `hybrid_attention_quadratic`: rotation first, features of each query head, the window's scores less the largest
-of them, a learned factor of the window's weights and none of the others. The rotation is that of transformers' Llama.
+Written from the paper (https://arxiv.org/abs/2410.10254) and the semantics of its published code with the window that
+slides, `hybrid_attention_quadratic`: rotation first, features of each query head, the window's scores less the largest,
+a learned factor of the window's weights and none of the others. The rotation is that of transformers' Llama.
 """
 
 import torch
