@@ -1,8 +1,8 @@
 """Linearization: a model trained with softmax attention goes on with mixers of a state that does not grow.
 
-LoLCATs (https://arxiv.org/abs/2410.10254) and Liger (https://arxiv.org/abs/2503.01496) read the queries, keys and values of
-the layer that they replace. LoLCATs has feature maps and factors beside them, which are new, and with a window of all tokens
-it computes what softmax attention did.
+LoLCATs (https://arxiv.org/abs/2410.10254) and Liger (https://arxiv.org/abs/2503.01496) read the queries, keys and
+values of the layer that they replace. LoLCATs has feature maps and factors beside them, which are new, and with a
+window of all tokens it computes what softmax attention did.
 
     _, leaves = load_weights("runs/llama_350m/checkpoints")
     model = linearize(leaves, lolcats_config.model, jax.random.key(0))

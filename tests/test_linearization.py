@@ -1,6 +1,7 @@
 """A softmax model that becomes a linear one keeps its weights, and in its windows what it computes."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from efficient_lm.linearization import linearize
 from efficient_lm.mixers import AttentionConfig, LigerConfig, LoLCATsConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 
-HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+HEADS: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 TOKENS = jax.random.randint(jax.random.key(1), (2, 13), 0, 32)
 
 

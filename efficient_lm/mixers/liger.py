@@ -1,9 +1,8 @@
 """Liger: gated linear attention with no parameters of its own, and a window (https://arxiv.org/abs/2503.01496).
 
 Both read the queries, keys and values of a softmax layer, and the output is half of each. Linear attention takes
-softmax(q) and softmax(k), over channels and not rotated, and its decays from the keys: log_sigmoid(k) / 16. The paper pools
-keys to as many numbers as a head has channels; the published code does so with one head's keys for one head's decays,
-which leaves them as they are.
+softmax(q) and softmax(k), over channels and not rotated, and its decays from the keys: log_sigmoid(k) / 16. The paper
+pools keys for them; the published code averages as many channels to as many, which leaves them as they are.
 """
 
 import dataclasses

@@ -5,12 +5,13 @@ A query's weights, before they are divided by their sum, are, of the keys less t
     factor * exp(score - largest score in the window),    score = q . k / sqrt(H),    factor = sigmoid(learned),
 
 and of all keys before these `phi_q(q) . phi_k(k)`, with Hedgehog's features (https://arxiv.org/abs/2402.04347)
-`phi(x) = [softmax(W x), softmax(-W x)]`, W and the factor learned for each query head. Queries and keys are rotated first.
-The largest score does not cancel, as it does in a softmax: it lowers the window's weights and not the others, so it is part
-of the function and of its gradient. Nothing overflows by it, and the sum of the weights is at least the factor.
+`phi(x) = [softmax(W x), softmax(-W x)]`, W and the factor learned for each query head. Queries and keys are rotated
+first. The largest score does not cancel, as it does in a softmax: it lowers the window's weights and not the others,
+so it is part of the function and of its gradient. Nothing overflows by it, and the sum of the weights is at least the
+factor.
 
-This is the published code's window that slides, with which it also decodes. Its other one, which moves on by as many tokens
-as it is wide, is not here: trained with that, it decodes another function.
+This is the published code's window that slides, with which it also decodes. Its other one, which moves on by as many
+tokens as it is wide, is not here: trained with that, it decodes another function.
 """
 
 import dataclasses
@@ -175,7 +176,8 @@ def _near_and_far(
     o_BTNP = sums_BTNP / jnp.where(ids_BT[..., None] > 0, total_BTN, 1)[..., None]
     if order_BT is not None:
         o_BTNP = _take(o_BTNP, jnp.argsort(order_BT, axis=1))
-    return o_BTNP.astype(q_BTNH.dtype), S, *(a[:, S_len - slots :] for a in (k_BSKH, v_BSKP))
+    held = lambda a, like: a[:, S_len - slots :].astype(a.dtype if like is None else like.dtype)
+    return o_BTNP.astype(q_BTNH.dtype), S, held(k_BSKH, k), held(v_BSKP, v)
 
 
 def _window(size, q_BTNH, k_BSKH, v_BSKP, ids_BT, kv_ids_BS):

@@ -1,8 +1,8 @@
 """Golden layer: Liger with gated linear attention, in torch, its state token by token and its window's T x T scores.
 
-Written from the paper (https://arxiv.org/abs/2503.01496) and the semantics of its published code: half of a softmax over
-the window, rotated; half of linear attention of softmax(q) and softmax(k), not rotated, with decays log_sigmoid(k) / 16.
-The rotation is that of transformers' Llama.
+Written from the paper (https://arxiv.org/abs/2503.01496) and the semantics of its published code: half of a softmax
+over the window, rotated; half of linear attention of softmax(q) and softmax(k), not rotated, with decays
+log_sigmoid(k) / 16. The rotation is that of transformers' Llama.
 """
 
 import torch
