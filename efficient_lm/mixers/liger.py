@@ -104,4 +104,4 @@ class Liger(HeadsMixer):
 
         arrays = k_BTKH, v_BTKP
         near_BTNP, window = attend(read, arrays, state and state.window, ids_BT, positions_BT, length_B)
-        return (near_BTNP + far_BTNP) / 2, state and LigerState(S_BNHP, window)
+        return (near_BTNP + far_BTNP) / 2, None if window is None else LigerState(S_BNHP, window)
