@@ -7,7 +7,7 @@ learning rate, schedule and the documents that see one another are the paper's: 
 from efficient_lm.config import TrainConfig
 from efficient_lm.data import DataConfig, FileConfig
 from efficient_lm.ffns import MLPConfig
-from efficient_lm.mixers import AttentionConfig
+from efficient_lm.mixers import AttentionConfig, MixerConfig
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig, TrapezoidConfig
 from efficient_lm.rotary import Llama3Scaling, RotaryConfig
@@ -16,7 +16,7 @@ ROTARY = RotaryConfig(theta=500_000.0, scaling=Llama3Scaling(factor=32.0))
 
 
 def config(
-    mixer: AttentionConfig = AttentionConfig(num_heads=24, num_kv_heads=8, head_dim=64, rotary=ROTARY),
+    mixer: MixerConfig = AttentionConfig(num_heads=24, num_kv_heads=8, head_dim=64, rotary=ROTARY),
     d_model: int = 1536,
     d_ff: int = 4096,
     num_layers: int = 14,

@@ -31,10 +31,14 @@ from efficient_lm.mixers.hgrn2 import HGRN2 as HGRN2
 from efficient_lm.mixers.hgrn2 import HGRN2Config as HGRN2Config
 from efficient_lm.mixers.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
 from efficient_lm.mixers.kimi_delta_attention import KimiDeltaAttentionConfig as KimiDeltaAttentionConfig
+from efficient_lm.mixers.liger import Liger as Liger
+from efficient_lm.mixers.liger import LigerConfig as LigerConfig
 from efficient_lm.mixers.lightning import Lightning as Lightning
 from efficient_lm.mixers.lightning import LightningConfig as LightningConfig
 from efficient_lm.mixers.linear_transformer import LinearTransformer as LinearTransformer
 from efficient_lm.mixers.linear_transformer import LinearTransformerConfig as LinearTransformerConfig
+from efficient_lm.mixers.lolcats import LoLCATs as LoLCATs
+from efficient_lm.mixers.lolcats import LoLCATsConfig as LoLCATsConfig
 from efficient_lm.mixers.mamba import Mamba as Mamba
 from efficient_lm.mixers.mamba import MambaConfig as MambaConfig
 from efficient_lm.mixers.mamba2 import Mamba2 as Mamba2

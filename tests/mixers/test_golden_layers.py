@@ -44,7 +44,9 @@ from efficient_lm.mixers import (
     HGRN2Config,
     HGRNConfig,
     KimiDeltaAttentionConfig,
+    LigerConfig,
     LinearTransformerConfig,
+    LoLCATsConfig,
     MesaNetConfig,
     Mixer,
     MixerConfig,
@@ -301,6 +303,17 @@ def forgetting_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Ar
 def moba(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
     names = {"block_size": "block_size", "num_blocks": "top_k"}
     return MoBAConfig(**_in_blocks(settings, names)), _grouped_projections(settings, p)
+
+
+def lolcats(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    names = {"feature_dim": "feature_dim", "window_size": "window_size"}
+    parameters = {"q_features.kernel": "q_map", "k_features.kernel": "k_map", "window_logit": "window_factors"}
+    parameters = {ours: p[theirs] for ours, theirs in parameters.items()}
+    return LoLCATsConfig(**_in_blocks(settings, names)), parameters | _grouped_projections(settings, p)
+
+
+def liger(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    return LigerConfig(**_in_blocks(settings, {"window_size": "window_size"})), _grouped_projections(settings, p)
 
 
 def native_sparse_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
@@ -572,6 +585,8 @@ CACHED = {
     "layer_diffllama_attention": diffllama_attention,
     "layer_forgetting_attention": forgetting_attention,
     "layer_moba": moba,
+    "layer_lolcats": lolcats,
+    "layer_liger": liger,
     "layer_native_sparse_attention": native_sparse_attention,
     "layer_deepseek_v2": deepseek,
     "layer_deepseek_v3": deepseek,
