@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from efficient_lm.cli import load_config, one_line_errors
-from efficient_lm.plan.report import plot_memory, print_plan
+from efficient_lm.plan.decoding import Decoding, make_decoding
+from efficient_lm.plan.report import plot_decoding, plot_memory, print_decoding, print_plan
 from efficient_lm.plan.step import make_plan
 from efficient_lm.plan.sweep import REMATS, Sweep
 from efficient_lm.sharding import mesh_sizes
@@ -26,12 +27,19 @@ class Arguments:
     """File of the configuration; what follows beside these options overrides it, as in train.py."""
     on: str
     """Chips and how they are wired: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8."""
-    mesh: str = "data=-1"
-    """Devices along each axis: data=64,model=4; -1 takes those that are left."""
+    mesh: str | None = None
+    """Devices along each axis: data=64,model=4; -1 takes those that are left. If not given, all are along data; of
+    --decoding, along model."""
     json: Path | None = None
     """File to write everything to, for programs."""
     png: Path | None = None
     """File for a picture of memory; of a sweep, that of the best."""
+    decoding: bool = False
+    """Says what the next token takes instead of a training step: states, floors of its time, batches that fit."""
+    contexts: tuple[int, ...] = (4096, 32768, 131072, 1048576)
+    """Lengths of the sequences that are decoded."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    """Sequences that are decoded together; the most that fit are always tried."""
     sweep: bool = False
     """Tries meshes and remats, and ranks those that fit. An axis that --mesh gives a size keeps it; -1 tries all."""
     remats: tuple[Literal["everything", "dots", "nothing"], ...] = REMATS
@@ -41,20 +49,23 @@ class Arguments:
 
 
 def main(args: Arguments, overrides: list[str]) -> None:
-    target, axes = parse_target(args.on), parse_mesh(args.mesh)
-    if not args.sweep:
-        axes = mesh_sizes(axes, target.num_devices)
+    target = parse_target(args.on)
+    asked = parse_mesh(args.mesh or ("model=-1" if args.decoding else "data=-1"))
+    axes = asked if args.sweep else mesh_sizes(asked, target.num_devices)
     cfg = load_config(args.config, overrides)
-    if args.sweep:
+    if args.decoding:
+        made = make_decoding(cfg.model, target, axes, contexts=args.contexts, batches=args.batches)
+        print_decoding(made)
+    elif args.sweep:
         sweep = Sweep(args.config, overrides, cfg, target, results=args.results.expanduser(), json=args.json)
-        plan = sweep.run(axes, args.remats)
+        made = sweep.run(axes, args.remats)
     else:
-        plan = make_plan(cfg, target, axes)
-        print_plan(plan)
-        if args.json is not None:
-            args.json.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+        made = make_plan(cfg, target, axes)
+        print_plan(made)
+    if args.json is not None and not args.sweep:
+        args.json.write_text(json.dumps(made.to_json(), indent=1) + "\n")
     if args.png is not None:
-        plot_memory(plan, args.png)
+        plot_decoding(made, args.png) if isinstance(made, Decoding) else plot_memory(made, args.png)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,11 @@ from efficient_lm.console import table as console_table
 from efficient_lm.topologies import GIB, Target
 
 if TYPE_CHECKING:
+    from efficient_lm.plan.decoding import Decoding
     from efficient_lm.plan.step import Plan
     from efficient_lm.plan.sweep import Candidate
+
+MIB = 2**20
 
 
 def print_plan(plan: Plan) -> None:
@@ -166,3 +170,55 @@ def print_sweep(ranked: Sequence[Candidate], target: Target) -> None:
 
 def _short(mesh: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def print_decoding(decoding: Decoding) -> None:
+    mesh, chip = _short(decoding.mesh), f"GiB of {decoding.chip_bytes / GIB:.0f}"
+    total, part = decoding.parameter_bytes / GIB, decoding.device_parameter_bytes / GIB
+    console.print(
+        f"{count(float(decoding.num_parameters))} parameters on {decoding.on} as {mesh}: {total:.2f} GiB in "
+        f"{decoding.dtype}, {part:.2f} of them on a device"
+    )
+    table = console_table("states of a sequence", left=(), right=("context", "MiB", "MiB on a device", "largest batch"))
+    for context in decoding.contexts:
+        sizes = context.state_bytes / MIB, context.device_bytes / MIB
+        table.add_row(f"{context.context:,}", *(f"{size:,.2f}" for size in sizes), f"{context.largest_batch:,}")
+    console.print(table)
+    table = console_table(
+        "the next token of each sequence",
+        left=(),
+        right=("context", "batch", chip, "ms", "tokens/s"),
+        caption="times are floors, speeds are upper bounds",
+    )
+    table.add_column("bound by", no_wrap=True)
+    for token in decoding.tokens:
+        row = f"{token.context:,}", f"{token.batch_size:,}", f"{token.peak_bytes / GIB:.2f}"
+        milliseconds = f"{token.seconds[token.bound] * 1e3:#.3g}"
+        speed = (milliseconds, count(token.tokens_per_second), token.bound)
+        table.add_row(*row, *(speed if token.fits else ("", "", "does not fit")))
+    console.print(table)
+    if decoding.rows > 1:
+        console.print(f"note: batches are multiples of {decoding.rows}, for the devices along data and expert")
+    if math.prod(decoding.mesh.values()) > 1:
+        console.print("note: what devices send each other for every token is not counted")
+    if decoding.mesh.get("data", 1) > 1:
+        console.print("note: weights lie in parts along data, as they are trained; each device reads its own part here")
+
+
+def plot_decoding(decoding: Decoding, path: Path) -> None:
+    """Draws the states of a sequence against its length, and speed against the batch."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    free = (decoding.chip_bytes - decoding.device_parameter_bytes) / GIB
+    sizes = [context.device_bytes / GIB for context in decoding.contexts]
+    left.plot([context.context for context in decoding.contexts], sizes, "o-")
+    left.axhline(free, color="0.2", linestyle="--", label=f"beside parameters: {free:.2f} GiB")
+    left.set(xscale="log", yscale="log", xlabel="context", ylabel="GiB on a device", title="states of a sequence")
+    left.legend(frameon=False, fontsize="small")
+    for context in decoding.contexts:
+        tokens = [token for token in decoding.tokens if token.context == context.context and token.fits]
+        speeds = [token.tokens_per_second for token in tokens]
+        right.plot([token.batch_size for token in tokens], speeds, "o-", label=f"{context.context:,}")
+    right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s at most", title=f"decoding on {decoding.on}")
+    right.legend(title="context", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
