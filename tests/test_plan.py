@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efficient_lm.config import TrainConfig
 from efficient_lm.ffns import MLPConfig, MoEConfig
 from efficient_lm.ffns.routers import TopKConfig
-from efficient_lm.hlo import Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
+from efficient_lm.hlo import SLICES, Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
 from efficient_lm.mixers import AttentionConfig, Mamba2Config
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig
@@ -141,6 +141,29 @@ def test_what_a_program_sends():
     assert 2 * (5 + 1 + 2) * part <= memory_traffic(program) <= 4 * (5 + 1 + 2) * part
 
 
+def test_what_goes_from_slice_to_slice():
+    """As libtpu 0.0.52 writes a gather and a sum over two slices, here in a loop of three; a slice has half of data."""
+    handler = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    recv = "(f32[%s]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%%token.0), channel_id=3, " + handler
+    program = Program(f"""HloModule train, is_scheduled=true
+
+%body (parts: f32[4,8]) -> f32[4,8] {{
+  %recv.1 = {recv % "64,8"}_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="ALL_GATHER"}}
+  %recv.2 = {recv % "16,8"}_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_reduce_operation="SUM"}}
+  ROOT %all-gather.1 = f32[4,8]{{1,0}} all-gather(%parts), replica_groups={{{{0,2}},{{1,3}}}}, dimensions={{0}}
+}}
+
+ENTRY %main (parts: f32[4,8]) -> f32[4,8] {{
+  ROOT %while.1 = f32[4,8]{{1,0}} while(%parts), body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+""")
+    assert collectives(program, {"data": 4, "model": 2}, 2) == [
+        Collective("all-gather", SLICES, 3, 3 * 64 * 8 * 4 / 2),
+        Collective("all-reduce", SLICES, 3, 3 * 16 * 8 * 4.0),
+        Collective("all-gather", ("data",), 3, 3 * 4 * 8 * 4 / 2),
+    ]
+
+
 def test_parameters_and_optimizer_by_arithmetic(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # States of shapes are not what annotations say.
     mesh = make_mesh({"data": 4, "model": 2})
@@ -160,6 +183,9 @@ def test_parameters_and_optimizer_by_arithmetic(monkeypatch):
         (lambda: parse_target("v4:2x2x1"), "no chip 'v4'; those known are v5e, v5p, v6e, tpu7x, h100"),
         (lambda: parse_target("v5e:16"), "say how many chips there are as --on v5e:4x4"),
         (lambda: parse_target("h100:12"), "take a multiple"),
+        (lambda: parse_target("2xh100:8"), "slices are of TPUs, at least one; GPUs are one number, as in h100:16"),
+        (lambda: parse_target("0xv5e:2x2"), "slices are of TPUs, at least one"),
+        (lambda: parse_target("twoxv5e:2x2"), "no chip 'twoxv5e'"),
         (lambda: parse_mesh("data:8"), "write AXIS=SIZE"),
         (lambda: mesh_sizes({"date": 8}, 8), "mesh axis 'date' is unknown; the axes are"),
         (lambda: mesh_sizes({"data": 4}, parse_target("v5e:4x4").num_devices), "does not use 16 devices"),
@@ -182,6 +208,8 @@ def test_devices_of_targets():
     assert parse_target("v5e:16x16").num_devices == 256
     assert parse_target("tpu7x:2x2x1").num_devices == 8  # Two devices to a chip.
     assert parse_target("h100:8").num_devices == 8
+    assert parse_target("4xtpu7x:2x2x1").num_devices == 32
+    assert parse_target("1xv5e:2x2") == parse_target("v5e:2x2")
     assert parse_mesh("data=64,model=-1") == {"data": 64, "model": -1}
 
 

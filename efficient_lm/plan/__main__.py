@@ -26,7 +26,7 @@ class Arguments:
     config: Annotated[str, tyro.conf.Positional]
     """File of the configuration; what follows beside these options overrides it, as in train.py."""
     on: str
-    """Chips and how they are wired: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8."""
+    """Chips and how they are wired: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8; 2xv5e:16x16 are two slices."""
     mesh: str | None = None
     """Devices along each axis: data=64,model=4; -1 takes those that are left. If not given, all are along data; of
     --decoding, along model."""

@@ -123,7 +123,7 @@ def _plan(cfg, target, mesh, state, memory, peak, chip_bytes, program, remarks, 
     chip, devices = target.chip, target.num_devices
     useful = model_costs(cfg.model, context=cfg.seq_len).training_flops * cfg.batch_size * cfg.seq_len
     executed = useful * (4 / 3 if cfg.model.remat == "everything" else 1)
-    sent = [] if program is None else collectives(program, mesh.shape)
+    sent = [] if program is None else collectives(program, mesh.shape, target.num_slices)
     traffic = 0.0 if program is None else memory_traffic(program)
     if program is not None and program.unknown_loops:
         remarks = [*remarks, f"{len(program.unknown_loops)} loops have a length that depends on data and count once"]
