@@ -179,16 +179,17 @@ def parse_target(text: str) -> Target:
     Raises:
       ValueError: there are none.
     """
-    number, name, shape = re.fullmatch(r"(?:(\d+)x)?([^:]*):?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    slices = re.match(r"([1-9]\d*)x(?=[a-z])", text)
+    name, _, shape = text[slices.end() if slices else 0 :].partition(":")
     if name not in CHIPS:
         raise ValueError(f"--on {text}: there is no chip {name!r}; those known are {', '.join(CHIPS)}")
     chip, sizes = CHIPS[name], shape.split("x")
     example = {0: "8", 2: "4x4", 3: "4x4x4"}[chip.dims]
     if len(sizes) != max(chip.dims, 1) or not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise ValueError(f"--on {text}: say how many chips there are as --on {name}:{example}")
-    if number and (int(number) < 1 or not chip.dims):
-        raise ValueError(f"--on {text}: slices are of TPUs, at least one; GPUs are one number, as in h100:16")
-    target = Target(text.removeprefix("1x"), chip, tuple(map(int, sizes)), int(number or 1))
+    if slices and not chip.dims:
+        raise ValueError(f"--on {text}: slices are of TPUs; GPUs are one number, as in {name}:16")
+    target = Target(text.removeprefix("1x"), chip, tuple(map(int, sizes)), int(slices[1]) if slices else 1)
     if not chip.dims and target.num_devices > GPUS_PER_HOST and target.num_devices % GPUS_PER_HOST:
         raise ValueError(f"--on {text}: hosts have {GPUS_PER_HOST} GPUs; take a multiple of that")
     return target

@@ -143,6 +143,7 @@ class Sweep:
             f"{self.config} on {self.target.name}: {len(tried)} meshes, {len(left)} to compile with "
             f"{len(remats)} remats each; results are kept in {self.results}"
         )
+        stopped = False
         try:
             with SweepProgress(len(left) * len(remats)) as progress:
                 for mesh in left:
@@ -150,13 +151,14 @@ class Sweep:
                         done.append(candidate)
                         self._write(done)
         except KeyboardInterrupt:
+            stopped = True
             console.print("stopped; the same command goes on from there", style="bold")
         ranked = self._write(done)
         print_sweep(ranked, self.target)
         best = ranked[0]
         if best.plan is None or not best.plan.fits:
             raise ValueError(f"nothing fits on {self.target.name}: {self._closest(ranked)}")
-        console.print("best, to train and to plan:", style="bold green")
+        console.print(f"best{' so far' if stopped else ''}, to train and to plan:", style="bold green")
         print(f"  {shlex.join(self.train_command(best))}\n  {shlex.join(self.plan_command(best))}")
         return best.plan
 
