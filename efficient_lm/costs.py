@@ -132,20 +132,21 @@ def _nbytes(init: Callable[[int, int, str], State], cfg: ModelConfig, max_len: i
 
 def _multiplied(module: nnx.Module) -> float:
     """Returns how many weights a token is multiplied with."""
-    return sum(math.prod(v.shape) * _share(v) for v in _variables(module) if v.get_metadata().get("contracted"))
+    return sum(math.prod(v.shape) * share(v) for v in variables(module) if v.get_metadata().get("contracted"))
 
 
 def _used_parameters(module: nnx.Module, num_tokens: int = 1) -> float:
     """Returns how many parameters some tokens meet together, if they choose experts evenly and independently."""
-    return sum(math.prod(v.shape) * (1.0 - (1.0 - _share(v)) ** num_tokens) for v in _variables(module))
+    return sum(math.prod(v.shape) * (1.0 - (1.0 - share(v)) ** num_tokens) for v in variables(module))
 
 
-def _share(variable: nnx.Variable) -> float:
+def share(variable: nnx.Variable) -> float:
     """Returns the part of the weights that one token meets: all, but of experts those of its own."""
     return variable.get_metadata().get("share", 1.0)
 
 
-def _variables(module: nnx.Module) -> Iterator[nnx.Variable]:
+def variables(module: Any) -> Iterator[nnx.Variable]:
+    """Yields the variables of a module, or of a tree of modules."""
     leaves: list[Any] = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return iter(leaves)
 

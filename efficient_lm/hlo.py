@@ -19,6 +19,10 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _MAKES_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 _MAKES_NOTHING |= {"after-all", "partition-id", "replica-id", "opt-barrier", "copy-done"}
+_MAKES_NOTHING |= {"send", "send-done", "recv-done"}
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+SLICES = ("slices",)
+"""What stands for an axis of the mesh where data goes from slice to slice."""
 _BITS = re.compile(r"\d+")
 
 
@@ -99,19 +103,32 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]
-    """Of the mesh, that the data crosses."""
+    """Of the mesh, that the data crosses; SLICES from slice to slice."""
     count: int
     """In one run of the program."""
     bytes: float
     """That a device receives, all of them together."""
 
 
-def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Returns what the program sends; partitions are numbered as the devices of the mesh are."""
+def collectives(program: Program, mesh_shape: Mapping[str, int], num_slices: int = 1) -> list[Collective]:
+    """Returns what the program sends; partitions are numbered as the devices of the mesh are.
+
+    With several slices the program is that of one, which has its part of `data`. What goes from slice to slice the
+    compiler has made into sends and receives: of a sum, each device's part.
+    """
+    if num_slices > 1:
+        mesh_shape = {axis: size // num_slices if axis == "data" else size for axis, size in mesh_shape.items()}
     found: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
     chains: set[str] = set()
     for instruction in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "recv" and (transfer := _BETWEEN_SLICES.search(instruction.text)):
+            kind = transfer[1].lower().replace("_", "-")
+            size = sum(shape_bytes(instruction.shapes)[:-2])  # Beside them a flag and a token.
+            count, total = found.get((kind, SLICES), (0, 0.0))
+            received = _share_received(kind, num_slices) * size
+            found[kind, SLICES] = (count + instruction.times, total + instruction.times * received)
+            continue
         if kind not in _KINDS:
             continue
         # One that is spread over several fusions, to hide it behind them, stands in each of them.
@@ -138,8 +155,13 @@ def received_bytes(kind: str, instruction: Instruction, size: int) -> float:
         # A start gives what it was given, then what will be there, and for permutations two flags.
         sizes = sizes[: len(sizes) - 2] if kind == "collective-permute" and len(sizes) > 2 else sizes
         sizes = sizes if kind == "all-reduce" else sizes[len(sizes) // 2 :]
-    output, share = sum(sizes), (size - 1) / size
-    return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share) * output
+    return _share_received(kind, size) * sum(sizes)
+
+
+def _share_received(kind: str, size: int) -> float:
+    """Returns how much of what a collective gives has to come from others, in a group of this size."""
+    share = (size - 1) / size
+    return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share)
 
 
 def memory_traffic(program: Program) -> float:

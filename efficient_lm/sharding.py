@@ -38,14 +38,32 @@ NAMES |= {"N": "heads", "K": "key/value heads", "E": "experts"}
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh in explicit mode, e.g. `make_mesh({"data": -1, "model": 2})`; -1 takes the devices that are left.
 
+    Several slices of TPUs lie along `data`, all other axes within a slice: between slices the network is slow.
+
     Raises:
-      ValueError: an axis that no letter maps to, or sizes that do not multiply to the number of devices.
+      ValueError: an axis that no letter maps to, sizes that do not multiply to the number of devices, or `data` that
+        the slices cannot share.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(axes, len(devices))
+    sizes, num_slices = mesh_sizes(axes, len(devices)), len({slice_of(device) for device in devices})
+    if sizes.get("data", 1) % num_slices:
+        raise ValueError(
+            f"mesh {dict(axes)} on {num_slices} slices: they lie along data, whose size has to be a multiple of "
+            f"{num_slices}"
+        )
+    inside = [size // num_slices if axis == "data" else size for axis, size in sizes.items()]
+    between = [num_slices if axis == "data" else 1 for axis in sizes]
     # As jax.make_mesh, which refuses a mesh of 8 x 8 on a torus of 4 x 4 x 4.
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    if num_slices == 1:
+        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def slice_of(device: Any) -> int:
+    """Returns which slice a TPU is part of; what is not connected in slices is in one."""
+    return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0
 
 
 def mesh_sizes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:

@@ -8,11 +8,15 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
+
+from efficient_lm.hlo import SLICES
+from efficient_lm.sharding import slice_of
 
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"
 GIB = 2**30
@@ -36,11 +40,12 @@ class Chip:
     """A dimension of the torus closes to a ring if its size is a multiple of this."""
     devices_per_chip: int = 1
     host_bytes_per_second: float = 0.0
-    """From host to host, per device, one way, where that is another network."""
+    """From host to host, per device, one way, where that is another network: between slices of TPUs, nodes of GPUs."""
 
 
 # https://docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}: capacity, bandwidth, peak and the ICI bandwidth of a chip
-# in both directions over its 4 or 6 ports; which slices close to a torus: https://jax-ml.github.io/scaling-book/tpus.
+# in both directions over its 4 or 6 ports; that of the data center's network (v5e: 6.4 Tb/s for 256 chips; v6e: 25.6);
+# which slices close to a torus: https://jax-ml.github.io/scaling-book/tpus.
 # JAX shows the two halves of a TPU7x as devices. https://www.nvidia.com/en-us/data-center/h100 (SXM): NVLink has
 # 900 GB/s in both directions; the memory is what its driver reports; a network card of 400 Gb/s for each GPU.
 CHIPS = {
@@ -52,6 +57,7 @@ CHIPS = {
         link_bytes_per_second=400e9 / 8,
         dims=2,
         wraps_at=16,
+        host_bytes_per_second=6.4e12 / 256 / 8,
     ),
     "v5p": Chip(
         platform="tpu",
@@ -61,6 +67,7 @@ CHIPS = {
         link_bytes_per_second=1200e9 / 12,
         dims=3,
         wraps_at=4,
+        host_bytes_per_second=50e9 / 8,
     ),
     "v6e": Chip(
         platform="tpu",
@@ -70,6 +77,7 @@ CHIPS = {
         link_bytes_per_second=800e9 / 8,
         dims=2,
         wraps_at=16,
+        host_bytes_per_second=25.6e12 / 256 / 8,
     ),
     "tpu7x": Chip(
         platform="tpu",
@@ -80,6 +88,7 @@ CHIPS = {
         dims=3,
         wraps_at=4,
         devices_per_chip=2,
+        host_bytes_per_second=100e9 / 8 / 2,
     ),
     "h100": Chip(
         platform="cuda",
@@ -114,10 +123,12 @@ class Target:
     chip: Chip
     shape: tuple[int, ...]
     """Chips along each dimension of the torus; of GPUs, their number."""
+    num_slices: int = 1
+    """Tori of this shape, which the data center's network connects."""
 
     @property
     def num_devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return math.prod(self.shape) * self.chip.devices_per_chip * self.num_slices
 
     def devices(self) -> list[Any]:
         """Returns stand-ins for the devices, to compile for.
@@ -127,7 +138,9 @@ class Target:
         """
         try:
             if self.chip.platform == "tpu":
-                return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices)
+                slices = {"num_slices": self.num_slices} if self.num_slices > 1 else {}
+                name = self.name.removeprefix(f"{self.num_slices}x")
+                return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
             hosts = max(self.num_devices // GPUS_PER_HOST, 1)
             config = {"target_config": H100.read_text(), "topology": f"1x{hosts}x{self.num_devices // hosts}"}
             return list(topologies.get_topology_desc(platform="cuda", topology_name="h100", **config).devices)
@@ -142,10 +155,13 @@ class Target:
         """Returns at what rate a device can receive from the others along these axes of the mesh, at most.
 
         A ring, or all rings of a part of the torus, reach it. A line has one link at its ends. Other traffic is not
-        there, distance costs nothing.
+        there, distance costs nothing. Along SLICES it is the data center's network, along others a slice's own.
         """
+        if axes == SLICES:
+            return self.chip.host_bytes_per_second
         line = [slice(None) if axis in axes else 0 for axis in mesh.axis_names]
         devices = list(mesh.devices[tuple(line)].flat)
+        devices = [device for device in devices if slice_of(device) == slice_of(devices[0])]
         if not self.chip.dims:
             hosts = {device.process_index for device in devices}
             return self.chip.link_bytes_per_second if len(hosts) == 1 else self.chip.host_bytes_per_second
@@ -158,19 +174,22 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Returns the chips that "v5e:16x16" or "h100:8" names.
+    """Returns the chips that "v5e:16x16", "2xv5e:16x16" (two slices) or "h100:8" names.
 
     Raises:
       ValueError: there are none.
     """
-    name, _, shape = text.partition(":")
+    slices = re.match(r"([1-9]\d*)x(?=[a-z])", text)
+    name, _, shape = text[slices.end() if slices else 0 :].partition(":")
     if name not in CHIPS:
         raise ValueError(f"--on {text}: there is no chip {name!r}; those known are {', '.join(CHIPS)}")
     chip, sizes = CHIPS[name], shape.split("x")
     example = {0: "8", 2: "4x4", 3: "4x4x4"}[chip.dims]
     if len(sizes) != max(chip.dims, 1) or not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise ValueError(f"--on {text}: say how many chips there are as --on {name}:{example}")
-    target = Target(text, chip, tuple(map(int, sizes)))
+    if slices and not chip.dims:
+        raise ValueError(f"--on {text}: slices are of TPUs; GPUs are one number, as in {name}:16")
+    target = Target(text.removeprefix("1x"), chip, tuple(map(int, sizes)), int(slices[1]) if slices else 1)
     if not chip.dims and target.num_devices > GPUS_PER_HOST and target.num_devices % GPUS_PER_HOST:
         raise ValueError(f"--on {text}: hosts have {GPUS_PER_HOST} GPUs; take a multiple of that")
     return target

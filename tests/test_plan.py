@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +16,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efficient_lm.config import TrainConfig
-from efficient_lm.ffns import MLPConfig
-from efficient_lm.hlo import Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
+from efficient_lm.ffns import MLPConfig, MoEConfig
+from efficient_lm.ffns.routers import TopKConfig
+from efficient_lm.hlo import SLICES, Collective, Program, collectives, crossed_axes, memory_traffic, replica_groups
 from efficient_lm.mixers import AttentionConfig, Mamba2Config
 from efficient_lm.model import BlockConfig, ModelConfig
 from efficient_lm.optimizer import AdamWConfig
-from efficient_lm.plan import Plan, device_bytes, memory_of_failure
-from efficient_lm.plan_report import plot_memory, print_plan
+from efficient_lm.plan.report import plot_memory, print_plan, print_sweep
+from efficient_lm.plan.step import Plan, device_bytes, memory_of_failure
+from efficient_lm.plan.sweep import Candidate, meshes, reason_against
 from efficient_lm.sharding import make_mesh, mesh_sizes
 from efficient_lm.topologies import CHIPS, parse_mesh, parse_target
 from efficient_lm.training import abstract_state, make_train_step
@@ -134,6 +141,29 @@ def test_what_a_program_sends():
     assert 2 * (5 + 1 + 2) * part <= memory_traffic(program) <= 4 * (5 + 1 + 2) * part
 
 
+def test_what_goes_from_slice_to_slice():
+    """As libtpu 0.0.52 writes a gather and a sum over two slices, here in a loop of three; a slice has half of data."""
+    handler = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    recv = "(f32[%s]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%%token.0), channel_id=3, " + handler
+    program = Program(f"""HloModule train, is_scheduled=true
+
+%body (parts: f32[4,8]) -> f32[4,8] {{
+  %recv.1 = {recv % "64,8"}_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="ALL_GATHER"}}
+  %recv.2 = {recv % "16,8"}_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_reduce_operation="SUM"}}
+  ROOT %all-gather.1 = f32[4,8]{{1,0}} all-gather(%parts), replica_groups={{{{0,2}},{{1,3}}}}, dimensions={{0}}
+}}
+
+ENTRY %main (parts: f32[4,8]) -> f32[4,8] {{
+  ROOT %while.1 = f32[4,8]{{1,0}} while(%parts), body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+""")
+    assert collectives(program, {"data": 4, "model": 2}, 2) == [
+        Collective("all-gather", SLICES, 3, 3 * 64 * 8 * 4 / 2),
+        Collective("all-reduce", SLICES, 3, 3 * 16 * 8 * 4.0),
+        Collective("all-gather", ("data",), 3, 3 * 4 * 8 * 4 / 2),
+    ]
+
+
 def test_parameters_and_optimizer_by_arithmetic(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # States of shapes are not what annotations say.
     mesh = make_mesh({"data": 4, "model": 2})
@@ -153,6 +183,9 @@ def test_parameters_and_optimizer_by_arithmetic(monkeypatch):
         (lambda: parse_target("v4:2x2x1"), "no chip 'v4'; those known are v5e, v5p, v6e, tpu7x, h100"),
         (lambda: parse_target("v5e:16"), "say how many chips there are as --on v5e:4x4"),
         (lambda: parse_target("h100:12"), "take a multiple"),
+        (lambda: parse_target("2xh100:8"), "slices are of TPUs; GPUs are one number, as in h100:16"),
+        (lambda: parse_target("0xv5e:2x2"), "no chip '0xv5e'"),
+        (lambda: parse_target("twoxv5e:2x2"), "no chip 'twoxv5e'"),
         (lambda: parse_mesh("data:8"), "write AXIS=SIZE"),
         (lambda: mesh_sizes({"date": 8}, 8), "mesh axis 'date' is unknown; the axes are"),
         (lambda: mesh_sizes({"data": 4}, parse_target("v5e:4x4").num_devices), "does not use 16 devices"),
@@ -175,6 +208,8 @@ def test_devices_of_targets():
     assert parse_target("v5e:16x16").num_devices == 256
     assert parse_target("tpu7x:2x2x1").num_devices == 8  # Two devices to a chip.
     assert parse_target("h100:8").num_devices == 8
+    assert parse_target("4xtpu7x:2x2x1").num_devices == 32
+    assert parse_target("1xv5e:2x2") == parse_target("v5e:2x2")
     assert parse_mesh("data=64,model=-1") == {"data": 64, "model": -1}
 
 
@@ -187,8 +222,7 @@ def test_reads_how_much_is_missing():
         memory_of_failure("UNIMPLEMENTED: this", 0)
 
 
-def test_floors(tmp_path):
-    """The slowest part bounds the speed; what is reported is consistent, and can be drawn and saved."""
+def _plan(**changes):
     plan = Plan(
         on="v5e:2x2",
         mesh={"data": 4},
@@ -208,10 +242,102 @@ def test_floors(tmp_path):
         seconds_to_compile=2.0,
         remarks=["something"],
     )
+    return dataclasses.replace(plan, **changes)
+
+
+def test_floors(tmp_path):
+    """The slowest part bounds the speed; what is reported is consistent, and can be drawn, saved and read back."""
+    plan = _plan()
     assert (plan.fits, plan.bound, plan.tokens_per_second) == (True, "network, data", 4000.0)
     assert math.isclose(plan.mfu, 3e14 / 2.0 / 8e14)
     assert not dataclasses.replace(plan, peak_bytes=17 * 2**30).fits
     print_plan(plan)
     plot_memory(plan, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000
-    assert json.loads(json.dumps(plan.to_json()))["bound"] == "network, data"
+    saved = json.loads(json.dumps(plan.to_json()))
+    assert saved["bound"] == "network, data"
+    assert Plan.from_json(saved) == plan
+
+
+MOE = BlockConfig(mixer=TINY.model.blocks["A"].mixer, ffn=MoEConfig(router=TopKConfig(top_k=2), num_experts=4, d_ff=8))
+EXPERTS = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, blocks={"A": MOE}))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "asked", "found"),
+    [
+        (TINY, {}, [{"data": 4}, {"data": 2, "model": 2}, {"model": 4}]),
+        (TINY, {"model": 1}, [{"data": 4}]),
+        (TINY, {"model": 1, "context": -1}, [{"data": 4}, {"data": 2, "context": 2}, {"context": 4}]),
+        # Two rows for four devices.
+        (
+            dataclasses.replace(TINY, grad_accumulation=4),
+            {"model": 1},
+            [{"data": 4}, {"data": 2, "context": 2}, {"context": 4}],
+        ),
+        (EXPERTS, {"data": 2}, [{"data": 2, "expert": 2}, {"data": 2, "model": 2}]),
+    ],
+)
+def test_meshes_that_a_sweep_tries(cfg, asked, found):
+    assert meshes(cfg, 4, asked) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes", "reason"),
+    [
+        ({}, {"data": 4, "model": 2}, ""),
+        ({}, {"data": 2, "model": 4}, "2 heads (N of DNH) cannot be divided among model=4 devices"),
+        ({"batch_size": 4}, {"data": 8}, "batch_size=4 / grad_accumulation=1: 4 rows (B of BT) cannot be divided"),
+        ({"seq_len": 3}, {"data": 4, "context": 2}, "3 tokens (T of BT) cannot be divided among context=2 devices"),
+        # Weights and two moments of 2**30 x 16 float32: 192 GiB on 8 devices.
+        (
+            {"model": dataclasses.replace(TINY.model, vocab_size=2**30)},
+            {"data": 8},
+            "parameters and optimizer take 24.00 GiB of 16.00",
+        ),
+    ],
+)
+def test_rejects_before_compiling(changes, axes, reason, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # States of shapes are not what annotations say.
+    said = reason_against(dataclasses.replace(TINY, **changes), parse_target("v5e:4x2"), axes, jax.devices())
+    assert said == reason or (reason and reason in said)
+
+
+def test_ranks_by_what_is_slowest_then_by_what_is_next():
+    of = lambda name, **changes: Candidate(mesh={"data": 4}, remat=name, plan=_plan(**changes))
+    lacks = of("lacks", peak_bytes=2**40, seconds={"computing": 0.1})
+    slow, fast = of("slow"), of("fast", seconds={"computing": 0.5, "memory": 0.4})
+    faster = of("faster", seconds={"computing": 0.5, "memory": 0.3})
+    ranked = sorted([lacks, slow, fast, faster], key=lambda candidate: candidate.rank)
+    assert [candidate.remat for candidate in ranked] == ["faster", "fast", "slow", "lacks"]
+    print_sweep([*ranked, Candidate(mesh={"model": 4}, remat="dots", rejected="why " * 30)], parse_target("v5e:2x2"))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path):
+    """Compiles a tiny model for four chips in two ways, is killed after the first, and keeps what that gave."""
+    (tmp_path / "tiny.py").write_text("from tests.test_plan import TINY\n\n\ndef config():\n    return TINY\n")
+    results, file = tmp_path / "results", tmp_path / "sweep.json"
+    options = ["--on", "v5e:2x2", "--sweep", "--mesh", "model=1", "--remats", "everything", "nothing"]
+    command = [sys.executable, "-m", "efficient_lm.plan", str(tmp_path / "tiny.py"), *options]
+    command += ["--results", str(results), "--json", str(file), "--seq-len", "8"]
+    root = pathlib.Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    start = {"cwd": root, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **start) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("1/2 ") for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    (first,) = results.glob("*.json")
+    written = first.stat().st_mtime_ns
+    done = subprocess.run(command, **start)
+    assert done.returncode == 0
+    assert first.stat().st_mtime_ns == written
+    assert len(list(results.glob("*.json"))) == 2
+    found = json.loads(file.read_text())["candidates"]
+    assert {candidate["remat"] for candidate in found} == {"everything", "nothing"}
+    assert all(candidate["plan"]["fits"] and candidate["plan"]["mesh"] == {"data": 4} for candidate in found)
+    assert found[0]["plan"]["tokens_per_second"] >= found[1]["plan"]["tokens_per_second"]
+    # What is printed can be pasted.
+    assert found[0]["command"] in done.stdout
+    assert " --seq-len 8" in found[0]["command"]

@@ -1,28 +1,18 @@
-"""What a run needs on accelerators that are not here: python -m efficient_lm.plan CONFIG --on v5e:16x16 --mesh data=256
-
-The training step itself is compiled for them, ahead of time. What the compiler says is reported: memory, and what is
-sent from device to device. Times are floors, so that speeds are upper bounds: every unit works at its peak, all of them
-at once.
-"""
+"""One training step on accelerators that are not here: it is compiled for them, and what the compiler says is read."""
 
 import dataclasses
-import json
 import math
 import re
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 
-from efficient_lm.cli import load_config, one_line_errors
 from efficient_lm.config import TrainConfig
 from efficient_lm.costs import model_costs
 from efficient_lm.hlo import Collective, Program, collectives, memory_traffic
-from efficient_lm.plan_report import plot_memory, print_plan
-from efficient_lm.sharding import make_mesh, mesh_sizes
-from efficient_lm.topologies import Target, parse_mesh, parse_target, prepare_compilers
+from efficient_lm.sharding import make_mesh
+from efficient_lm.topologies import Target
 from efficient_lm.training import abstract_state, make_train_step
 
 
@@ -79,6 +69,13 @@ class Plan:
         derived = ("fits", "bound", "tokens_per_second", "mfu")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        """Takes what `to_json` gave, written and read."""
+        fields: dict[str, Any] = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        fields["collectives"] = [Collective(**(one | {"axes": tuple(one["axes"])})) for one in data["collectives"]]
+        return cls(**fields)
+
 
 def make_plan(cfg: TrainConfig, target: Target, axes: dict[str, int]) -> Plan:
     """Compiles the training step for the target.
@@ -126,7 +123,7 @@ def _plan(cfg, target, mesh, state, memory, peak, chip_bytes, program, remarks, 
     chip, devices = target.chip, target.num_devices
     useful = model_costs(cfg.model, context=cfg.seq_len).training_flops * cfg.batch_size * cfg.seq_len
     executed = useful * (4 / 3 if cfg.model.remat == "everything" else 1)
-    sent = [] if program is None else collectives(program, mesh.shape)
+    sent = [] if program is None else collectives(program, mesh.shape, target.num_slices)
     traffic = 0.0 if program is None else memory_traffic(program)
     if program is not None and program.unknown_loops:
         remarks = [*remarks, f"{len(program.unknown_loops)} loops have a length that depends on data and count once"]
@@ -176,38 +173,3 @@ def memory_of_failure(message: str, arguments: int) -> tuple[int, int]:
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     used, available = (int(float(found[i]) * unit[found[i + 1]]) for i in (1, 3))
     return used - arguments if all_of_it else used, available
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-    config: Annotated[str, tyro.conf.Positional]
-    """File of the configuration; what follows beside these options overrides it, as in train.py."""
-    on: str
-    """Chips and how they are wired: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8."""
-    mesh: str = "data=-1"
-    """Devices along each axis: data=64,model=4; -1 takes those that are left."""
-    json: Path | None = None
-    """File to write everything to, for programs."""
-    png: Path | None = None
-    """File for a picture of memory."""
-
-
-def main(args: Arguments, overrides: list[str]) -> None:
-    target, axes = parse_target(args.on), parse_mesh(args.mesh)
-    axes = mesh_sizes(axes, target.num_devices)
-    cfg = load_config(args.config, overrides)
-    plan = make_plan(cfg, target, axes)
-    print_plan(plan)
-    if args.json is not None:
-        args.json.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
-    if args.png is not None:
-        plot_memory(plan, args.png)
-
-
-if __name__ == "__main__":
-    prepare_compilers()
-    with one_line_errors(ValueError, OSError):
-        known, rest = tyro.cli(
-            Arguments, prog="python -m efficient_lm.plan", description=__doc__, return_unknown_args=True
-        )
-        main(known, rest)
