@@ -61,6 +61,9 @@ class TrainConfig:
     logging: LoggingConfig = free(LoggingConfig())
     run_dir: str = free("")
     """Where everything goes; empty: runs/<name of the config>."""
+    start_from: str = ""
+    """Another run's folder, to begin with its newest weights; its dense networks may become mixtures of experts
+    (upcycling.py), or its softmax attention linear (linearization.py). Empty: with weights drawn from the seed."""
     profile: str | None = free(None)
     """Steps to profile, e.g. 10:15."""
     fresh: bool = free(False)

@@ -1,10 +1,11 @@
 """A run from its configuration to its last checkpoint."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from efficient_lm.run_folder import RunFolder, open_run
 from efficient_lm.sampling import generate
 from efficient_lm.sharding import assemble, local_rows, make_mesh, sharding, undivided
 from efficient_lm.signals import stop_signals
-from efficient_lm.training import abstract_state, init_state, make_eval_step, make_train_step, target_bytes
+from efficient_lm.starting import check_start, starting_model
+from efficient_lm.training import TrainState, abstract_state, init_state, make_eval_step, make_train_step, target_bytes
 
 # Held-out text up to this size is compressed for comparison; xz takes a second per megabyte.
 COMPARE_BYTES = 32 * 2**20
@@ -68,6 +70,9 @@ def check(cfg: TrainConfig) -> None:
     if jax.process_count() > 1 and not cfg.mesh:
         raise ValueError(f"{jax.process_count()} processes have no mesh over their devices; set e.g. --mesh data -1")
     check_logging(cfg.logging)
+    has_begun = any(Path(cfg.run_dir, "checkpoints").glob("*")) and not cfg.fresh
+    if cfg.start_from and not has_begun:
+        check_start(cfg)
     abstract_state(cfg, cfg.optimizer.build(cfg.num_steps)[0], make_mesh(cfg.mesh) if cfg.mesh else None)
 
 
@@ -90,12 +95,22 @@ class Run:
         options = {"xla_backend_optimization_level": 0} if jax.devices()[0].platform == "cpu" else {}
         init = jax.jit(lambda: init_state(cfg, optimizer), compiler_options=options)
         restored = self.checkpoints.restore(jax.eval_shape(init), self.batches)
-        self.first_step, self.state = restored or (0, init())
+        self.first_step, self.state = restored or (0, self._begin(init))
         self._log = None
         if self._writes:
             self._log = MetricsLog(folder, cfg.logging, self.first_step, config_to_dict(cfg))
         self._flops_per_token = model_costs(cfg.model, context=cfg.seq_len).training_flops
         self._started, self._productive = time.perf_counter(), 0.0
+
+    def _begin(self, init: Callable[[], TrainState]) -> TrainState:
+        """Returns the state before the first step."""
+        state = init()
+        if self.cfg.start_from:
+            model = starting_model(self.cfg, self.data.tokenizer)
+            state = dataclasses.replace(
+                state, model=jax.device_put(model, jax.tree.map(lambda x: x.sharding, state.model))
+            )
+        return state
 
     def __enter__(self) -> "Run":
         return self
@@ -152,7 +167,8 @@ class Run:
         if self.first_step:
             console.print(f"going on from step {self.first_step} of {self.folder.path}")
         else:
-            console.print(f"starting in {self.folder.path}")
+            weights = f" with the weights of {cfg.start_from}" if cfg.start_from else ""
+            console.print(f"starting in {self.folder.path}{weights}")
 
     def _report(self, step: int, interval: "Interval", progress: TrainingProgress) -> None:
         values = interval.summary()
