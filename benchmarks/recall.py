@@ -189,7 +189,7 @@ def plot(cfg: Recall, accuracies: dict[str, np.ndarray]) -> Figure:
     axes.set_xticks(cfg.num_pairs)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="pairs of key and value", ylabel="accuracy", ylim=(0, 1.03))
-    axes.set_title(f"Recall in {cfg.length} tokens, width {cfg.d_model}")
+    axes.set_title(f"Recall in {cfg.length} tokens, width {cfg.d_model}, after {cfg.num_steps} steps")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
