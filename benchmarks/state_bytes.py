@@ -30,8 +30,10 @@ from efficient_lm.mixers import (
     HGRN2Config,
     HGRNConfig,
     KimiDeltaAttentionConfig,
+    LigerConfig,
     LightningConfig,
     LinearTransformerConfig,
+    LoLCATsConfig,
     Mamba2Config,
     MambaConfig,
     MesaNetConfig,
@@ -68,6 +70,8 @@ MIXERS: dict[str, MixerConfig] = {
     "GQA beside Mamba-2": ParallelMixerConfig(
         first=AttentionConfig(**GROUPED), second=Mamba2Config(num_heads=64, key_dim=128, value_dim=64)
     ),
+    "LoLCATs": LoLCATsConfig(**GROUPED, feature_dim=64),
+    "Liger": LigerConfig(**GROUPED),
     "Mamba-2": Mamba2Config(num_heads=64, key_dim=128, value_dim=64),
     "Mamba": MambaConfig(d_inner=4096, dt_rank=128),
     "S4D": S4DConfig(state_size=64),
