@@ -1,6 +1,6 @@
 """Hash layers: which experts a token has, its number says; nothing is learned, and nothing to balance.
 
-The paper is https://arxiv.org/abs/2106.04426.
+The paper is https://arxiv.org/abs/2106.04426. It draws a table of the vocabulary; here a hash function stands for it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class HashConfig(RouterConfig):
     num_hashes: int = 1
     """Each picks one of its own share of the experts; the token has the sum of them (the paper's MultiHash)."""
     seed: int = 0
-    """Blocks of other seeds send tokens to other experts."""
+    """Layers of one block send a token to experts of the same number; blocks of other seeds to others."""
 
     def build(self, d_model: int, num_experts: int, *, rngs: nnx.Rngs) -> "Hash":
         if self.num_hashes < 1 or num_experts % self.num_hashes:
