@@ -45,26 +45,27 @@ def dispatch(impl: str | None, implementations: Mapping[str, Callable[..., Any]]
 
 
 def differentiable(forwards: Mapping[str, Callable[..., Any]], backwards: Mapping[str, Callable[..., Any]]) -> Any:
-    """Returns `op(impl, scale, *args)`, dispatched, whose gradients are those of `backwards`.
+    """Returns `op(impl, option, *args)`, dispatched, whose gradients are those of `backwards`.
 
-    Each platform keeps what its own backward needs. `forward(keep, scale, *args)` returns its outputs and what it
-    keeps; `backward(scale, (*args, *kept), cotangents)` the gradients of all arguments but the last, segment ids.
+    Each platform keeps what its own backward needs. `forward(keep, option, *args)` returns its outputs and what it
+    keeps; `backward(option, (*args, *kept), cotangents)` the gradients of all arguments but the last, segment ids.
+    The option is known when the program is made: a scale, a direction, or None.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def op(impl: str | None, scale: float, *args: Any) -> Any:
-        outputs = lambda forward: lambda *args: forward(False, scale, *args)[0]
+    def op(impl: str | None, option: Any, *args: Any) -> Any:
+        outputs = lambda forward: lambda *args: forward(False, option, *args)[0]
         return dispatch(impl, {name: outputs(forward) for name, forward in forwards.items()}, *args)
 
-    def forward(impl: str | None, scale: float, *args: Any) -> Any:
+    def forward(impl: str | None, option: Any, *args: Any) -> Any:
         names = forwards if impl is None else [impl]
-        keeping = {name: functools.partial(forwards[name], True, scale) for name in names}
+        keeping = {name: functools.partial(forwards[name], True, option) for name in names}
         outputs, kept = dispatch(impl, _keep_apart(keeping, *args), *args)
         return outputs, (args, kept)
 
-    def backward(impl: str | None, scale: float, residuals: Any, cotangents: Any) -> Any:
+    def backward(impl: str | None, option: Any, residuals: Any, cotangents: Any) -> Any:
         def of(name: str) -> Callable[..., Any]:
-            return lambda args, kept, cotangents: backwards[name](scale, (*args, *kept[name]), cotangents)
+            return lambda args, kept, cotangents: backwards[name](option, (*args, *kept[name]), cotangents)
 
         return *dispatch(impl, {name: of(name) for name in backwards}, *residuals, cotangents), None
 

@@ -13,17 +13,19 @@ def has_holes(ids_BT: jax.Array) -> jax.Array:
 
 
 def hole_moves(ids_BT: jax.Array | None) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-    """Returns two functions of `[B T ...]`: one moves the padding of each row to its end, the other moves it back.
-
-    Padding almost always is there already, and then both do nothing.
-    """
+    """Returns the functions of `moves`, which do nothing where padding is at the end already: almost always."""
     if ids_BT is None or ids_BT.shape[1] < 2:
         return lambda a: a, lambda a: a
     cond = functools.partial(jax.lax.cond, has_holes(ids_BT))
-    order_BT = lambda: jnp.argsort(ids_BT == 0, axis=1, stable=True)
-    close = lambda a: cond(lambda a: _take(a, order_BT()), lambda a: a, a)
-    reopen = lambda a: cond(lambda a: _take(a, jnp.argsort(order_BT(), axis=1)), lambda a: a, a)
+    close = lambda a: cond(lambda a: moves(ids_BT)[0](a), lambda a: a, a)
+    reopen = lambda a: cond(lambda a: moves(ids_BT)[1](a), lambda a: a, a)
     return close, reopen
+
+
+def moves(ids_BT: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """Returns two functions of `[B T ...]`: one moves the padding of each row to its end, the other moves it back."""
+    order_BT = jnp.argsort(ids_BT == 0, axis=1, stable=True)
+    return lambda a: _take(a, order_BT), lambda a: _take(a, jnp.argsort(order_BT, axis=1))
 
 
 def _take(a, index_BT):

@@ -1,20 +1,16 @@
 """Diagonal recurrences, h = a h + x: S4D (https://arxiv.org/abs/2206.11893), HGRN, RG-LRU (2402.19427), S5, LRU."""
 
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch, supported
+from pallas_kernels.common.dispatch import check_impl, differentiable, supported
 from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
 from pallas_kernels.diagonal_scan import ref, step, tpu, xla
 
-# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
-BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
+_op = differentiable({"xla": xla.forward, "tpu": tpu.forward}, {"xla": xla.backward, "tpu": tpu.backward})
 
 
 def diagonal_scan(
@@ -42,7 +38,7 @@ def diagonal_scan(
     Raises:
       ValueError: an unknown `impl` or one that does not support these dtypes, or shapes that do not fit.
     """
-    check_impl("diagonal_scan", impl, ("ref", *FORWARD))
+    check_impl("diagonal_scan", impl, ("ref", "xla", "tpu"))
     if x.ndim < 2 or a.shape not in (x.shape, x.shape[2:]):
         raise ValueError(
             f"diagonal_scan: a {a.shape} must have the shape of x {x.shape}, all of it or that after [B T]"
@@ -63,7 +59,7 @@ def diagonal_scan(
     impl = supported("diagonal_scan", impl, tpu.unsupported(a, x))
     a = a.reshape(math.prod(width)) if a.ndim < x.ndim else a.reshape(B, T, math.prod(width))
     marks_BT = _marks(ids_BT, reverse)
-    h_BTW, last_BW = _op(impl, reverse, a, x.reshape(B, T, -1), marks_BT, state.reshape(B, -1))
+    h_BTW, last_BW = _op(impl, reverse, a, x.reshape(B, T, -1), state.reshape(B, -1), marks_BT)
     return h_BTW.reshape(x.shape), last_BW.reshape(state.shape)
 
 
@@ -74,21 +70,3 @@ def _marks(ids_BT, reverse):
     last_B1 = jnp.max(ids_BT, axis=1, keepdims=True)
     mirrored_BT = jnp.where(ids_BT > 0, last_B1 + 1 - ids_BT, 0)
     return jnp.flip(marks(jnp.flip(mirrored_BT, axis=1)), axis=1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _op(impl, reverse, *args):
-    return _forward(impl, reverse, *args)[0]
-
-
-def _forward(impl, reverse, *args):
-    return dispatch(impl, {name: functools.partial(fn, reverse) for name, fn in FORWARD.items()}, *args)
-
-
-def _backward(impl, reverse, residuals, cotangents):
-    backward = {name: functools.partial(fn, reverse) for name, fn in BACKWARD.items()}
-    da, dx, dstate = dispatch(impl, backward, residuals, cotangents)
-    return da, dx, None, dstate
-
-
-_op.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """The diagonal scan on TPU: channels on lanes, tokens on sublanes, one chunk of tokens after the other.
 
 Eight tokens at a time, a register for each 128 channels, go through three steps of doubling. Backward makes the states
-of its chunk again in VMEM, then walks from the other end. The formulas, and the residuals, are those of `xla.py`.
+of its chunk again in VMEM, from the state before it, then walks from the other end. The formulas are those of `xla.py`.
 Complex numbers are pairs of arrays, real ones tuples of one.
 
 What bounds it is memory: by the compiler's schedule for v5e the arithmetic takes half of the time that a, x and h
@@ -31,8 +31,9 @@ def unsupported(a, x):
     return None
 
 
-def forward(reverse, a, x, marks_BT, state_BW):
-    """Returns (h, state) and residuals, as `xla.forward`."""
+def forward(keep, reverse, a, x, state_BW, marks_BT):
+    """Returns (h, state) and what is kept: the state before each chunk of `CHUNK` tokens."""
+    del keep
     B, T, W = x.shape
     block = _Blocks(x, reverse)
     h, states, last = block.call(
@@ -46,12 +47,12 @@ def forward(reverse, a, x, marks_BT, state_BW):
         ],
         [((B, T, W), x.dtype, block.tokens), ((block.C, B, 1, W), None, block.border), ((B, 1, W), None, block.row)],
     )
-    return (h, last[:, 0]), (a, x, marks_BT, states[:, :, 0])
+    return (h, last[:, 0]), (states[:, :, 0],)
 
 
 def backward(reverse, residuals, cotangents):
     """Returns the gradients of a, x and state."""
-    a, x, marks_BT, states_CBW = residuals
+    a, x, _, marks_BT, states_CBW = residuals
     dh, dlast_BW = cotangents
     B, T, W = x.shape
     constant = a.ndim == 1

@@ -1,20 +1,16 @@
 """The selective scan of Mamba (https://arxiv.org/abs/2312.00752): a decay of its own for each channel and state row."""
 
-import functools
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.dispatch import check_impl, dispatch
+from pallas_kernels.common.dispatch import check_impl, differentiable
 from pallas_kernels.common.documents import marks
 from pallas_kernels.common.shapes import check_shapes
 from pallas_kernels.selective_scan import ref, step, tpu, xla
 
-# Every forward returns the same residuals, so that one platform's may be followed by another's backward.
-FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
-BACKWARD = {"xla": xla.backward, "tpu": tpu.backward}
+_op = differentiable({"xla": xla.forward, "tpu": tpu.forward}, {"xla": xla.backward, "tpu": tpu.backward})
 
 
 def selective_scan(
@@ -48,7 +44,7 @@ def selective_scan(
     Raises:
       ValueError: an unknown `impl`, or shapes that do not fit.
     """
-    check_impl("selective_scan", impl, ("ref", *FORWARD))
+    check_impl("selective_scan", impl, ("ref", "xla", "tpu"))
     batch, T, width = x.shape
     rows = A.shape[1]
     tokens, states = (batch, T), (batch, width, rows)
@@ -69,21 +65,5 @@ def selective_scan(
         D = jnp.zeros(width, dtype) if D is None else D
         real_BT1 = ids[..., None] > 0
         B, C = jnp.where(real_BT1, B, 0), jnp.where(real_BT1, C, 0)
-        y, last = _op(impl, x, dt, A, B, C, D, state, marks(ids))
+        y, last = _op(impl, None, x, dt, A, B, C, D, state, marks(ids))
     return y, last
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(impl, *args):
-    return _forward(impl, *args)[0]
-
-
-def _forward(impl, *args):
-    return dispatch(impl, FORWARD, *args)
-
-
-def _backward(impl, *args):
-    return *dispatch(impl, BACKWARD, *args), None
-
-
-_op.defvjp(_forward, _backward)

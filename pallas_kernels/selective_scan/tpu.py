@@ -18,16 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.tiles import LANES, tiles_per_block
-from pallas_kernels.selective_scan.xla import CHUNK, FOREVER, MAX_A
+from pallas_kernels.selective_scan.xla import FOREVER, MAX_A
 
 BLOCK_T = 128
+CHUNK = 64  # The state before each is kept.
 GROUP = 8
 MAX_ROWS = 64  # Of all tiles of a program: what it computes with has to stay in registers.
 LOG2E = math.log2(math.e)
 
 
-def forward(x, dt, A, B, C, D, state, marks):
-    """Returns (y, state) and the residuals of `xla.forward`."""
+def forward(keep, _, x, dt, A, B, C, D, state, marks):
+    """Returns (y, state) and what is kept: the state before each chunk."""
+    del keep
     p = _Padded(x, dt, A, B, C, D, marks)
     first_BHD = p.pad_state(jnp.swapaxes(state, 1, 2))
     y, states_CBHD, last_BHD = pl.pallas_call(
@@ -51,12 +53,12 @@ def forward(x, dt, A, B, C, D, state, marks):
     T, width, H = x.shape[1], x.shape[2], A.shape[1]
     states_CBHD = states_CBHD[: -(-T // CHUNK), :, :H, :width]
     outputs = y[:, :T, :width], jnp.swapaxes(last_BHD[:, :H, :width], 1, 2)
-    return outputs, (x, dt, A, B, C, D, marks, states_CBHD)
+    return outputs, (states_CBHD,)
 
 
-def backward(residuals, cotangents):
+def backward(_, residuals, cotangents):
     """Returns the gradients of x, dt, A, B, C, D and state."""
-    x, dt, A, B, C, D, marks, states_CBHD = residuals
+    x, dt, A, B, C, D, _, marks, states_CBHD = residuals
     dy, dlast = cotangents
     p = _Padded(x, dt, A, B, C, D, marks)
     dlast_BHD = p.pad_state(jnp.swapaxes(dlast, 1, 2))

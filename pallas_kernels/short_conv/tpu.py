@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.holes import has_holes
 from pallas_kernels.common.tiles import LANES, tiles_per_block
 from pallas_kernels.short_conv import xla
 
@@ -24,23 +23,16 @@ ROWS = 64  # At a time, so that all that is computed of them stays in registers.
 def forward(activation, x, w, bias, state, segment_ids):
     """Returns `(y, state)` and the residuals of `xla.forward`."""
     args = x, w, bias, state, segment_ids
-    kernel, other = functools.partial(_forward_packed, activation), functools.partial(xla.forward, activation)
     if _is_empty(x, w):
-        return other(*args)
-    if segment_ids is None:
-        return kernel(*args), args
-    return jax.lax.cond(has_holes(segment_ids), lambda *args: other(*args)[0], kernel, *args), args
+        return xla.forward(activation, *args)
+    return xla.unless_holes(_forward_packed, xla.forward_with_holes, activation, *args), args
 
 
 def backward(activation, residuals, cotangents):
     """Returns the gradients of x, w, bias and state."""
-    x, w, _, _, segment_ids = residuals
-    kernel, other = functools.partial(_backward_packed, activation), functools.partial(xla.backward, activation)
-    if _is_empty(x, w):
-        return other(residuals, cotangents)
-    if segment_ids is None:
-        return kernel(residuals, cotangents)
-    return jax.lax.cond(has_holes(segment_ids), other, kernel, residuals, cotangents)
+    if _is_empty(*residuals[:2]):
+        return xla.backward(activation, residuals, cotangents)
+    return xla.unless_holes(_backward_packed, xla.backward_with_holes, activation, *residuals, *cotangents)
 
 
 def _is_empty(x, w):
@@ -113,9 +105,7 @@ def _forward_packed(activation, x, w, bias, state, segment_ids):
     return y[:, :T, :D], last_BWD[..., :D]
 
 
-def _backward_packed(activation, residuals, cotangents):
-    x, w, bias, state, segment_ids = residuals
-    dy, dlast_BWD = cotangents
+def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dlast_BWD):
     p = _Blocks(x, w, bias, state, segment_ids, last_first=True)
     (batch, T, D), (W, width) = x.shape, (w.shape[1], p.x.shape[2])
     rows = 16  # A tile of bfloat16.

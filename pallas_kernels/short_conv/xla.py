@@ -1,23 +1,42 @@
 """`short_conv` as a sum of W shifted products, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.holes import hole_moves
+from pallas_kernels.common.holes import has_holes, moves
 
 
-def forward(activation, x, w, bias, state, segment_ids):
-    """Returns `(y, state)` and the residuals, which are the inputs."""
-    close, reopen = hole_moves(segment_ids)
-    y, new_state = _forward_packed(activation, close(x), w, bias, state, close(segment_ids))
-    return (reopen(y), new_state), (x, w, bias, state, segment_ids)
+def forward(activation, *args):
+    """Returns `(y, state)` and the residuals, which are the inputs: x, w, bias, state and segment_ids."""
+    return unless_holes(_forward_packed, forward_with_holes, activation, *args), args
 
 
 def backward(activation, residuals, cotangents):
     """Returns the gradients of x, w, bias and state."""
-    x, w, bias, state, segment_ids = residuals
-    dy, dstate = cotangents
-    close, reopen = hole_moves(segment_ids)
+    return unless_holes(_backward_packed, backward_with_holes, activation, *residuals, *cotangents)
+
+
+def unless_holes(packed, with_holes, activation, x, w, bias, state, segment_ids, *cotangents):
+    """Calls `packed`, or the other if there is padding before a token: one condition around all copies no array."""
+    args = x, w, bias, state, segment_ids, *cotangents
+    if segment_ids is None:
+        return packed(activation, *args)
+    return jax.lax.cond(
+        has_holes(segment_ids), *(functools.partial(fn, activation) for fn in (with_holes, packed)), *args
+    )
+
+
+def forward_with_holes(activation, x, w, bias, state, segment_ids):
+    """Returns `(y, state)` of rows with padding before tokens."""
+    close, reopen = moves(segment_ids)
+    y, new_state = _forward_packed(activation, close(x), w, bias, state, close(segment_ids))
+    return reopen(y), new_state
+
+
+def backward_with_holes(activation, x, w, bias, state, segment_ids, dy, dstate):
+    close, reopen = moves(segment_ids)
     dx, *rest = _backward_packed(activation, close(x), w, bias, state, close(segment_ids), close(dy), dstate)
     return reopen(dx), *rest
 
@@ -92,60 +111,78 @@ def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
         dz_BTD = dz_BTD * s_BTD * (1 + z_BTD * (1 - s_BTD))
     if segment_ids is not None:
         dz_BTD = jnp.where((segment_ids > 0)[..., None], dz_BTD, 0)
-    dz_BTD = jax.lax.optimization_barrier(dz_BTD)  # Else fusion computes it again for each of its 2 W + 1 uses.
-    dw_DW, dbias = _weight_gradients(inputs_BTD, ids_BT, dz_BTD)
-    # The input at place s went to the outputs s .. s+W-1, through the taps W-1 .. 0.
-    edge = ((0, 0), (W - 1, W - 1))
-    padded_BTD = jnp.pad(dz_BTD, (*edge, (0, 0)))
-    dinputs_BTD = jnp.zeros(inputs_BTD.shape, dtype)
-    for j in range(W):
-        here = slice(W - 1 - j, W - 1 - j + T + W - 1)
-        part_BTD = padded_BTD[:, here] * w_DW[None, None, :, j]
-        if ids_BT is not None and j < W - 1:
-            ids_of_outputs_BT = jnp.pad(ids_BT[:, W - 1 :], edge, constant_values=-1)[:, here]
-            part_BTD = jnp.where((ids_of_outputs_BT == ids_BT)[..., None], part_BTD, 0)
-        dinputs_BTD += part_BTD
-    if ids_BT is None:
-        dinputs_BTD = dinputs_BTD.at[:, T:].add(dstate.astype(dtype))
+    # Zeros follow the last token. Without a barrier fusion computes it again for each of its 2 W + 1 uses.
+    dz_BSD = jax.lax.optimization_barrier(jnp.pad(dz_BTD, ((0, 0), (0, W - 1), (0, 0))))
+    dw_DW, dbias = _weight_gradients(T, inputs_BTD, ids_BT, dz_BSD)
+    head_BSD = jnp.pad(dz_BSD[:, : W - 1], ((0, 0), (W - 1, 0), (0, 0)))
+    if segment_ids is None:
+        place_BW = jnp.broadcast_to(T + jnp.arange(W - 1), dstate.shape[:2])
+        dlast_BWD = dstate.astype(dtype)
+        ids = head_ids = None, None
     else:
         place_BW, is_same_BW = _last(ids_BT, T, W)
         dlast_BWD = jnp.where(is_same_BW[..., None], dstate.astype(dtype), 0)
-        dinputs_BTD = jax.vmap(lambda d, place, dlast: d.at[place].add(dlast))(dinputs_BTD, place_BW, dlast_BWD)
+        after_BS = jnp.pad(segment_ids, ((0, 0), (0, W - 1)))
+        ids, head_ids = (
+            (after_BS, segment_ids),
+            (jnp.pad(after_BS[:, : W - 1], ((0, 0), (W - 1, 0))), ids_BT[:, : W - 1]),
+        )
+    add = jax.vmap(lambda d, place, dlast: d.at[place].add(dlast, mode="drop"))
+    dx_BTD = add(_input_gradients(dz_BSD, w_DW, *ids), jnp.where(place_BW < W - 1, T, place_BW - W + 1), dlast_BWD)
+    dhead_BWD = add(_input_gradients(head_BSD, w_DW, *head_ids), place_BW, dlast_BWD)
     return (
-        dinputs_BTD[:, W - 1 :].astype(x.dtype),
+        dx_BTD.astype(x.dtype),
         dw_DW.astype(w.dtype),
         None if bias is None else dbias.astype(bias.dtype),
-        dinputs_BTD[:, : W - 1].astype(state.dtype),
+        dhead_BWD.astype(state.dtype),
     )
 
 
-def _weight_gradients(inputs_BTD, ids_BT, dz_BTD):
-    """Returns the gradients of w and bias: sums over tokens. A few at a time are five times faster on a CPU."""
-    sums_D = jax.lax.platform_dependent(inputs_BTD, ids_BT, dz_BTD, cpu=_sums_in_turn, default=_sums)
+def _input_gradients(dz_BSD, w_DW, ids_BS, ids_BT):
+    """Returns the gradients of inputs, each of which went to the outputs at its place in `dz_BSD` and W - 1 after it.
+
+    The ids are those of the outputs and of the inputs.
+    """
+    W = w_DW.shape[1]
+    T = dz_BSD.shape[1] - W + 1
+    dinputs_BTD = jnp.zeros((), dz_BSD.dtype)
+    for j in range(W):
+        part_BTD = dz_BSD[:, W - 1 - j : W - 1 - j + T] * w_DW[None, None, :, j]
+        if ids_BS is not None:
+            part_BTD = jnp.where((ids_BS[:, W - 1 - j : W - 1 - j + T] == ids_BT)[..., None], part_BTD, 0)
+        dinputs_BTD += part_BTD
+    return dinputs_BTD
+
+
+def _weight_gradients(T, inputs_BSD, ids_BS, dz_BSD):
+    """Returns the gradients of w and bias: sums over T tokens. A few at a time are five times faster on a CPU."""
+    in_turn, at_once = functools.partial(_sums_in_turn, T), functools.partial(_sums, T)
+    sums_D = jax.lax.platform_dependent(inputs_BSD, ids_BS, dz_BSD, cpu=in_turn, default=at_once)
     return jnp.stack(sums_D[:-1], axis=1), sums_D[-1]
 
 
-def _sums(inputs_BTD, ids_BT, dz_BTD):
+def _sums(T, inputs_BSD, ids_BS, dz_BSD):
     """Returns the sums of each tap times dz, and of dz."""
-    taps_BTD = _taps(inputs_BTD, ids_BT, dz_BTD.shape[1])
+    dz_BTD = dz_BSD[:, :T]
+    taps_BTD = _taps(inputs_BSD, ids_BS, T)
     return [jnp.sum(a_BTD, axis=(0, 1)) for a_BTD in (*[tap_BTD * dz_BTD for tap_BTD in taps_BTD], dz_BTD)]
 
 
-def _sums_in_turn(inputs_BTD, ids_BT, dz_BTD):
+def _sums_in_turn(T, inputs_BSD, ids_BS, dz_BSD):
     """The same, eight tokens at a time."""
-    B, T, D = dz_BTD.shape
-    W, L = inputs_BTD.shape[1] - T + 1, 8
+    B, S, D = dz_BSD.shape
+    W, L = S - T + 1, 8
     C = max(1, -(-T // L))
     rest = C * L - T
-    inputs_BTD, dz_BTD = (jnp.pad(a, ((0, 0), (0, rest), (0, 0))) for a in (inputs_BTD, dz_BTD))
-    ids_BT = None if ids_BT is None else jnp.pad(ids_BT, ((0, 0), (0, rest)))
+    inputs_BSD, dz_BSD = (jnp.pad(a, ((0, 0), (0, rest), (0, 0))) for a in (inputs_BSD, dz_BSD))
+    ids_BS = None if ids_BS is None else jnp.pad(ids_BS, ((0, 0), (0, rest)))
 
     def step(c, sums_BD):
         piece = lambda a, size: jax.lax.dynamic_slice_in_dim(a, c * L, size, axis=1)
-        dz_BLD, ids_BL = piece(dz_BTD, L), None if ids_BT is None else piece(ids_BT, L + W - 1)
-        taps_BLD = _taps(piece(inputs_BTD, L + W - 1), ids_BL, L)
+        dz_BLD, ids_BL = piece(dz_BSD, L), None if ids_BS is None else piece(ids_BS, L + W - 1)
+        taps_BLD = _taps(piece(inputs_BSD, L + W - 1), ids_BL, L)
         terms_BLD = *[tap_BLD * dz_BLD for tap_BLD in taps_BLD], dz_BLD
         return [sum((a_BLD[:, l] for l in range(L)), sum_BD) for sum_BD, a_BLD in zip(sums_BD, terms_BLD, strict=True)]
 
-    sums_BD = jax.lax.fori_loop(0, C, step, [jnp.zeros((B, D), dz_BTD.dtype)] * (W + 1))
+    sums_BD = jax.lax.fori_loop(0, C, step, [jnp.zeros((B, D), dz_BSD.dtype)] * (W + 1))
     return [jnp.sum(sum_BD, axis=0) for sum_BD in sums_BD]
