@@ -23,9 +23,8 @@ def unless_holes(packed, with_holes, activation, x, w, bias, state, segment_ids,
     args = x, w, bias, state, segment_ids, *cotangents
     if segment_ids is None:
         return packed(activation, *args)
-    return jax.lax.cond(
-        has_holes(segment_ids), *(functools.partial(fn, activation) for fn in (with_holes, packed)), *args
-    )
+    branches = (functools.partial(fn, activation) for fn in (with_holes, packed))
+    return jax.lax.cond(has_holes(segment_ids), *branches, *args)
 
 
 def forward_with_holes(activation, x, w, bias, state, segment_ids):
@@ -123,10 +122,8 @@ def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
         place_BW, is_same_BW = _last(ids_BT, T, W)
         dlast_BWD = jnp.where(is_same_BW[..., None], dstate.astype(dtype), 0)
         after_BS = jnp.pad(segment_ids, ((0, 0), (0, W - 1)))
-        ids, head_ids = (
-            (after_BS, segment_ids),
-            (jnp.pad(after_BS[:, : W - 1], ((0, 0), (W - 1, 0))), ids_BT[:, : W - 1]),
-        )
+        ids = after_BS, segment_ids
+        head_ids = jnp.pad(after_BS[:, : W - 1], ((0, 0), (W - 1, 0))), ids_BT[:, : W - 1]
     add = jax.vmap(lambda d, place, dlast: d.at[place].add(dlast, mode="drop"))
     dx_BTD = add(_input_gradients(dz_BSD, w_DW, *ids), jnp.where(place_BW < W - 1, T, place_BW - W + 1), dlast_BWD)
     dhead_BWD = add(_input_gradients(head_BSD, w_DW, *head_ids), place_BW, dlast_BWD)
