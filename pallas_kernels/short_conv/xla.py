@@ -114,15 +114,15 @@ def _backward_packed(activation, x, w, bias, state, segment_ids, dy, dstate):
     dz_BSD = jax.lax.optimization_barrier(jnp.pad(dz_BTD, ((0, 0), (0, W - 1), (0, 0))))
     dw_DW, dbias = _weight_gradients(T, inputs_BTD, ids_BT, dz_BSD)
     head_BSD = jnp.pad(dz_BSD[:, : W - 1], ((0, 0), (W - 1, 0), (0, 0)))
-    if segment_ids is None:
+    if ids_BT is None:
         place_BW = jnp.broadcast_to(T + jnp.arange(W - 1), dstate.shape[:2])
         dlast_BWD = dstate.astype(dtype)
         ids = head_ids = None, None
     else:
         place_BW, is_same_BW = _last(ids_BT, T, W)
         dlast_BWD = jnp.where(is_same_BW[..., None], dstate.astype(dtype), 0)
-        after_BS = jnp.pad(segment_ids, ((0, 0), (0, W - 1)))
-        ids = after_BS, segment_ids
+        after_BS = jnp.pad(ids_BT[:, W - 1 :], ((0, 0), (0, W - 1)))
+        ids = after_BS, ids_BT[:, W - 1 :]
         head_ids = jnp.pad(after_BS[:, : W - 1], ((0, 0), (W - 1, 0))), ids_BT[:, : W - 1]
     add = jax.vmap(lambda d, place, dlast: d.at[place].add(dlast, mode="drop"))
     dx_BTD = add(_input_gradients(dz_BSD, w_DW, *ids), jnp.where(place_BW < W - 1, T, place_BW - W + 1), dlast_BWD)
