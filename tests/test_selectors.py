@@ -145,9 +145,8 @@ def test_native_sparse():
 
     own_BT1 = POSITIONS[..., None] // L
     is_fixed = (BLOCKS.numbers[:, None] == 0) | (BLOCKS.numbers[:, None] == own_BT1 - 1)
-    assert_chosen(
-        selectors.native_sparse(Q_BTNH, means_BCKH, jnp.asarray(lse_BTN), BEFORE, is_fixed, 4, scale=scale), choose
-    )
+    shares_BTKC = selectors.compressed_shares(Q_BTNH, means_BCKH, jnp.asarray(lse_BTN), BEFORE, scale=scale)
+    assert_chosen(selectors.native_sparse(shares_BTKC, BEFORE, is_fixed, 4), choose)
 
 
 def test_patterns():

@@ -6,13 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.mixers import AttentionConfig, MoBAConfig, NativeSparseAttentionConfig
+from efficient_lm.mixers import AttentionConfig, CompressionConfig, MoBAConfig, NativeSparseAttentionConfig
 from efficient_lm.sharding import make_mesh, shard, spec
 
 WIDTHS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 CONFIGS = {
     "MoBA": MoBAConfig(**WIDTHS, block_size=4, num_blocks=3),
     "NSA": NativeSparseAttentionConfig(**WIDTHS, block_size=4, num_blocks=4, window_size=6),
+    "NSA, compressed": NativeSparseAttentionConfig(
+        **WIDTHS,
+        block_size=6,
+        num_blocks=4,
+        window_size=5,
+        compression=CompressionConfig(block_size=4, stride=2, d_hidden=10),
+    ),
 }
 # Documents of 29 and 13 tokens with padding in and about them; one of 40. Borders of blocks are nowhere in the row's.
 IDS = np.array([[0] * 2 + [1] * 17 + [0] + [1] * 12 + [2] * 13, [1] * 40 + [0] * 5], np.int32)
