@@ -61,7 +61,7 @@ def in_larger_blocks(
     """Returns the shares of large blocks, given those of small ones that overlap (arXiv 2502.11089, equation 9).
 
     One of the small blocks starts each `stride` tokens, which divides both sizes. It counts as often as there are
-    strides of it in the large one: where documents' blocks are counted from 1, that is the paper's double sum.
+    strides of it in the large one: the paper's double sum, where blocks are counted from 1.
     """
     in_small, in_large = small.size // stride, large.size // stride
     starts_W = jnp.arange(1 - in_small, in_large)  # Of small blocks, in strides from the start of a large one.
@@ -70,9 +70,9 @@ def in_larger_blocks(
     is_earlier_BCX = (small.documents[:, None] > 0) & (small.documents[:, None] < large.documents[..., None])
     at_BCW = jnp.sum(is_earlier_BCX, axis=2, dtype=jnp.int32)[..., None] + numbers_BCW
     take = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))
-    is_there_BCW = (numbers_BCW >= 0) & (take(small.documents, at_BCW) == large.documents[..., None])
+    is_own_BCW = (take(small.documents, at_BCW) == large.documents[..., None]) & (large.documents > 0)[..., None]
     shares_BCWTK = take(jnp.moveaxis(shares, 3, 1), at_BCW)
-    weights_BCW = jnp.where(is_there_BCW, common_W, 0).astype(shares.dtype)
+    weights_BCW = jnp.where(is_own_BCW & (numbers_BCW >= 0), common_W, 0).astype(shares.dtype)
     return jnp.einsum("BCWTK,BCW->BTKC", shares_BCWTK, weights_BCW)
 
 

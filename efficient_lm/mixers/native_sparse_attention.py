@@ -81,6 +81,8 @@ class Compression(nnx.Module):
     its keys are vectors of a space of their own.
     """
 
+    dims = "KLH", "KLHF", "KFH"
+
     def __init__(self, cfg: CompressionConfig, num_heads: int, head_dim: int, *, rngs: nnx.Rngs):
         K, L, H, F = num_heads, cfg.block_size, head_dim, cfg.d_hidden
         share = 1 / cfg.stride  # A block ends at one of so many tokens: a token meets that part of the weights.
@@ -93,8 +95,6 @@ class Compression(nnx.Module):
         self.positions = nnx.Param(shard(jnp.zeros((K, L, H), jnp.float32), "KLH"), share=share)
         self.in_kernel = draw("KLHF", "LH", K, L, H, F)
         self.out_kernel = draw("KFH", "F", K, F, H)
-
-    dims = "KLH", "KLHF", "KFH"
 
     def weights(self, dtype: DTypeLike) -> tuple[Array, ...]:
         return tuple(p[...].astype(dtype) for p in (self.positions, self.in_kernel, self.out_kernel))
@@ -165,8 +165,8 @@ class NativeSparseAttention(Mixer):
 
     def _small(self) -> tuple[int, int]:
         """Returns the size of the blocks that are compressed, and how far each starts from the one before."""
-        small = self.cfg.compression
-        return (self.cfg.block_size,) * 2 if small is None else (small.block_size, small.stride)
+        small, size = self.cfg.compression, self.cfg.block_size
+        return (size, size) if small is None else (small.block_size, small.stride)
 
     def _summary(self, dtype: DTypeLike) -> Summary:
         size, stride = self._small()

@@ -116,3 +116,18 @@ def test_sizes_that_do_not_fit(change, message):
     for cfg in (MoBAConfig, NativeSparseAttentionConfig):
         with pytest.raises(ValueError, match=message):
             contract.build(cfg(**{**WIDTHS, "block_size": 4, "num_blocks": 3, **change}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"block_size": 4, "stride": 0}, "stride=0"),
+        ({"block_size": 12, "stride": 2}, "at most block_size=8"),
+        ({"block_size": 6, "stride": 4}, "multiples of compression.stride=4"),
+        ({"block_size": 6, "stride": 3}, "multiples of compression.stride=3"),
+    ],
+)
+def test_compression_that_does_not_fit(sizes, message):
+    compression = CompressionConfig(**sizes, d_hidden=4)
+    with pytest.raises(ValueError, match=message):
+        contract.build(NativeSparseAttentionConfig(**WIDTHS, block_size=8, num_blocks=3, compression=compression))

@@ -10,7 +10,7 @@ from contract import D_MODEL, T
 from flax import nnx
 from test_contract import TINY
 
-from efficient_lm.costs import block_costs, model_costs, state_bytes
+from efficient_lm.costs import block_costs, model_costs, share, state_bytes, variables
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import (
     ForgettingAttentionConfig,
@@ -53,7 +53,8 @@ def test_states_have_these_bytes(cfg):
 def test_models_have_these_parameters(cfg):
     whole = jax.eval_shape(lambda: model(cfg).build(rngs=nnx.Rngs(0)))
     costs = model_costs(model(cfg), context=T)
-    assert costs.parameters == costs.active_parameters == sum(x.size for x in jax.tree.leaves(whole))
+    assert costs.parameters == sum(x.size for x in jax.tree.leaves(whole))
+    assert costs.active_parameters == sum(math.prod(v.shape) * share(v) for v in variables(whole))
 
 
 # What XLA counts of one token is up to a third more: work on single channels. Of these it is far more.
@@ -73,8 +74,8 @@ def test_operations_are_those_of_a_step(cfg):
     step = jax.jit(lambda mixer, x, state: mixer(x, state))
     token = jax.ShapeDtypeStruct((1, 1, D_MODEL), jnp.float32)
     counted = step.lower(mixer, token, state).cost_analysis()
-    variables = jax.tree.leaves(mixer, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    products = 2.0 * sum(math.prod(v.shape) for v in variables if v.get_metadata().get("contracted"))
+    multiplied = [v for v in variables(mixer) if v.get_metadata().get("contracted")]
+    products = 2.0 * sum(math.prod(v.shape) * share(v) for v in multiplied)
     total = lambda length: length * mixer.flops_per_token(length)
     said = products + total(context) - total(context - 1)
     # A loop's operations are counted once: MesaNet's, 0.03 of all.
