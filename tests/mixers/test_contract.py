@@ -63,11 +63,11 @@ TINY = [
     NativeSparseAttentionConfig(
         num_heads=8,
         num_kv_heads=2,
-        head_dim=6,
+        head_dim=10,
         block_size=4,
         num_blocks=3,
         window_size=3,
-        compression=CompressionConfig(block_size=4, stride=2, d_hidden=10),
+        compression=CompressionConfig(block_size=2, stride=1, d_hidden=12),
     ),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, beta_max=2.0),

@@ -13,6 +13,7 @@ from test_contract import TINY
 from efficient_lm.costs import block_costs, model_costs, share, state_bytes, variables
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import (
+    CompressionConfig,
     ForgettingAttentionConfig,
     GatedDeltaProductConfig,
     NativeSparseAttentionConfig,
@@ -80,3 +81,17 @@ def test_operations_are_those_of_a_step(cfg):
     said = products + total(context) - total(context - 1)
     # A loop's operations are counted once: MesaNet's, 0.03 of all.
     assert 0.96 < counted["flops"] / said < MORE.get(type(cfg), 4 / 3)
+
+
+def test_a_block_is_compressed_once():
+    """Not once for each of its tokens: of a hidden channel, 3 layers pay forward, and twice that backward."""
+    K, H, L, stride = 2, 6, 4, 2
+
+    def flops(d_hidden):
+        compression = CompressionConfig(block_size=L, stride=stride, d_hidden=d_hidden)
+        heads = {"num_heads": 8, "num_kv_heads": K, "head_dim": H}
+        cfg = NativeSparseAttentionConfig(**heads, block_size=8, num_blocks=3, compression=compression)
+        return model_costs(model(cfg), context=64).training_flops
+
+    of_keys_and_values = 2 * K * (L * H + H) / stride
+    assert flops(11) - flops(10) == 3 * 3 * 2 * of_keys_and_values
