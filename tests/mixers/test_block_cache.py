@@ -15,10 +15,10 @@ CONFIGS = {
     "NSA": NativeSparseAttentionConfig(**WIDTHS, block_size=4, num_blocks=4, window_size=6),
     "NSA, compressed": NativeSparseAttentionConfig(
         **WIDTHS,
-        block_size=6,
+        block_size=2,
         num_blocks=4,
         window_size=5,
-        compression=CompressionConfig(block_size=4, stride=2, d_hidden=10),
+        compression=CompressionConfig(block_size=2, stride=1, d_hidden=10),
     ),
 }
 # Documents of 29 and 13 tokens with padding in and about them; one of 40. Borders of blocks are nowhere in the row's.
