@@ -74,11 +74,11 @@ class NativeSparseAttentionConfig(MixerConfig):
 
 
 class Compression(nnx.Module):
-    """Makes one key of a block's L, and one value (section 3.3.1): `silu((x + positions) W_in) W_out`, x all L as one.
+    """Makes one of the L keys of a block, or of its values: `silu((x + positions) W_in) W_out`, with all L as one vector.
 
-    The paper has a network and an encoding of positions within the block, and says no more of them. Here the encoding
-    is learned and added; keys come rotated, as the other branches see them; and each head has weights of its own, as
-    its keys are vectors of a space of their own.
+    The paper (section 3.3.1) has a network and an encoding of positions within the block, and says no more of them.
+    Here the encoding is learned and added; keys come rotated, as the other branches see them; and each head has weights
+    of its own, as its keys are vectors of a space of their own.
     """
 
     dims = "KLH", "KLHF", "KFH"
