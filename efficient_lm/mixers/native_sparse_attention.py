@@ -74,7 +74,7 @@ class NativeSparseAttentionConfig(MixerConfig):
 
 
 class Compression(nnx.Module):
-    """Makes one of the L keys of a block, or of its values: `silu((x + positions) W_in) W_out`, with all L as one vector.
+    """Makes one of the L keys of a block, or of its values: `silu((x + positions) W_in) W_out`, L as one vector.
 
     The paper (section 3.3.1) has a network and an encoding of positions within the block, and says no more of them.
     Here the encoding is learned and added; keys come rotated, as the other branches see them; and each head has weights
