@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 
 class Blocks(NamedTuple):
-    """The full blocks of each row, in order."""
+    """The full blocks of each row, in order; they may overlap."""
 
     tokens: Int[Array, "B C L"]
     """Where in the row their tokens stand; beyond its end where there is no block."""
@@ -36,15 +36,19 @@ class Blocks(NamedTuple):
         return is_own_BTC & (self.numbers[:, None] < positions[..., None] // self.size)
 
 
-def full_blocks(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], size: int) -> Blocks:
-    """Returns the full blocks of `size` tokens, C = T / size, rounded up.
+def full_blocks(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], size: int, stride: int | None = None
+) -> Blocks:
+    """Returns the full blocks of `size` tokens, of which one starts each `stride` tokens: C = T / stride, rounded up.
 
-    `positions` are those in the document, as `document_positions` says. A block is never right of its tokens.
+    `positions` are those in the document, as `document_positions` says. Without a stride, which is at most the size,
+    blocks stand side by side. A block is never right of its tokens.
     """
-    T = segment_ids.shape[1]
-    C = -(-T // size)
+    T, stride = segment_ids.shape[1], stride or size
+    C = -(-T // stride)
     is_real_BT = segment_ids > 0
-    is_last_BT = is_real_BT & (positions % size == size - 1)
+    numbers_BT = (positions - size + 1) // stride  # Of the last block that is full by then.
+    is_last_BT = is_real_BT & (numbers_BT >= 0) & ((positions - size + 1) % stride == 0)
     (ends_BC,) = jax.vmap(lambda row: jnp.nonzero(row, size=C, fill_value=T))(is_last_BT)
     # With padding moved behind them, the tokens of a block stand side by side.
     order_BT = jnp.argsort(~is_real_BT, axis=1, stable=True)
@@ -52,7 +56,7 @@ def full_blocks(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], si
     at_end = lambda x, fill: jax.vmap(lambda row, ends: row.at[ends].get(mode="fill", fill_value=fill))(x, ends_BC)
     ranks_BCL = at_end(rank_BT, 2 * T + size)[..., None] - jnp.arange(size)[::-1]
     tokens_BCL = jax.vmap(lambda row, ranks: row.at[ranks].get(mode="fill", fill_value=T))(order_BT, ranks_BCL)
-    return Blocks(tokens_BCL, at_end(segment_ids, 0), at_end(positions // size, 0))
+    return Blocks(tokens_BCL, at_end(segment_ids, 0), at_end(numbers_BT, 0))
 
 
 def own_block_ids(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], size: int) -> Int[Array, "B T"]:

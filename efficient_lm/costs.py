@@ -32,7 +32,7 @@ class Costs:
 
     parameters: int = 0
     active_parameters: float = 0.0
-    """Those that one token meets; of experts, its own."""
+    """Those that one token meets, on average; of experts, its own."""
     training_flops: float = 0.0
     """Per token of a document, on average: forward, and twice that backward. What is computed again does not count."""
     state_bytes: int = 0
@@ -141,7 +141,7 @@ def _used_parameters(module: nnx.Module, num_tokens: int = 1) -> float:
 
 
 def share(variable: nnx.Variable) -> float:
-    """Returns the part of the weights that one token meets: all, but of experts those of its own."""
+    """Returns the part of the weights that one token meets on average: of experts, those of its own."""
     return variable.get_metadata().get("share", 1.0)
 
 

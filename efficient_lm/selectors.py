@@ -30,25 +30,50 @@ def moba(
 
 
 def native_sparse(
+    shares: Float[Array, "B T K C"], before: Bool[Array, "B T C"], is_fixed: Bool[Array, "B T C"], count: int
+) -> Int[Array, "B T K J"]:
+    """Returns those that are fixed, then those to which attention to compressed keys gives most (arXiv 2502.11089)."""
+    return top_blocks(jnp.where(is_fixed[:, :, None], jnp.inf, shares), before, count)
+
+
+def compressed_shares(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B C K H"],
     lse: Float[Array, "B T N"],
-    before: Bool[Array, "B T C"],
-    is_fixed: Bool[Array, "B T C"],
-    count: int,
+    seen: Bool[Array, "B T C"],
     *,
     scale: float,
-) -> Int[Array, "B T K J"]:
-    """Returns those that are fixed, then those to which attention to compressed keys gives most (arXiv 2502.11089).
+) -> Float[Array, "B T K C"]:
+    """Returns what attention gives to each key, summed over the heads of a group, which share a choice.
 
-    `lse` are the logs of that softmax's denominators. The heads of a group share a choice: their shares are summed.
+    `lse` are the logs of that softmax's denominators.
     """
     K = keys.shape[2]
     lse_BTKG1 = lse.reshape(*q.shape[:2], K, q.shape[2] // K, 1)
-    # Of blocks that a query does not see, the scores are without a bound; they take no part.
-    scores_BTKGC = jnp.where(before[:, :, None, None], scale * _scores(q, keys) - lse_BTKG1, -jnp.inf)
-    shares_BTKC = jnp.sum(jnp.exp(jnp.minimum(scores_BTKGC, 0)), axis=3)
-    return top_blocks(jnp.where(is_fixed[:, :, None], jnp.inf, shares_BTKC), before, count)
+    # Of keys that a query does not see, the scores are without a bound; they take no part.
+    scores_BTKGC = jnp.where(seen[:, :, None, None], scale * _scores(q, keys) - lse_BTKG1, -jnp.inf)
+    return jnp.sum(jnp.exp(jnp.minimum(scores_BTKGC, 0)), axis=3)
+
+
+def in_larger_blocks(
+    shares: Float[Array, "B T K X"], small: Blocks, large: Blocks, stride: int
+) -> Float[Array, "B T K C"]:
+    """Returns the shares of large blocks, given those of small ones that overlap (arXiv 2502.11089, equation 9).
+
+    One of the small blocks starts each `stride` tokens, which divides both sizes. It counts as often as there are
+    strides of it in the large one: the paper's double sum, where blocks are counted from 1.
+    """
+    in_small, in_large = small.size // stride, large.size // stride
+    starts_W = jnp.arange(1 - in_small, in_large)  # Of small blocks, in strides from the start of a large one.
+    common_W = jnp.minimum(starts_W + in_small, in_large) - jnp.maximum(starts_W, 0)
+    numbers_BCW = in_large * large.numbers[..., None] + starts_W
+    is_earlier_BCX = (small.documents[:, None] > 0) & (small.documents[:, None] < large.documents[..., None])
+    at_BCW = jnp.sum(is_earlier_BCX, axis=2, dtype=jnp.int32)[..., None] + numbers_BCW
+    take = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))
+    is_own_BCW = (take(small.documents, at_BCW) == large.documents[..., None]) & (large.documents > 0)[..., None]
+    shares_BCWTK = take(jnp.moveaxis(shares, 3, 1), at_BCW)
+    weights_BCW = jnp.where(is_own_BCW & (numbers_BCW >= 0), common_W, 0).astype(shares.dtype)
+    return jnp.einsum("BCWTK,BCW->BTKC", shares_BCWTK, weights_BCW)
 
 
 def quest(

@@ -104,6 +104,30 @@ def test_blocks_of_any_size(size):
     assert full_blocks(IDS_BT[:, :0], POSITIONS[:, :0], size).tokens.shape == (B, 0, size)
 
 
+@pytest.mark.parametrize(("size", "stride"), [(4, 2), (6, 2), (3, 1), (2, 2)])
+def test_blocks_that_overlap(size, stride):
+    """Each is where it has to be, and a larger block has the shares of those in it, once for each stride in common."""
+    small, large_size = full_blocks(IDS_BT, POSITIONS, size, stride), 6
+    large = full_blocks(IDS_BT, POSITIONS, large_size)
+    want = [[] for _ in range(B)]
+    for b, d, at in documents():
+        starts = range(0, len(at) - size + 1, stride)
+        want[b] += [(d, n, at[start : start + size].tolist()) for n, start in enumerate(starts)]
+    for b in range(B):
+        n = np.count_nonzero(small.documents[b])
+        got = zip(*(np.asarray(a[b, :n]).tolist() for a in (small.documents, small.numbers, small.tokens)), strict=True)
+        assert list(got) == want[b]
+
+    shares_BTKX = draw(B, 2, K, small.documents.shape[1])
+    want_BTKC = np.zeros((B, 2, K, large.documents.shape[1]))
+    for b in range(B):
+        for c, at in enumerate(np.asarray(large.tokens[b])):
+            for x, (_, _, tokens) in enumerate(want[b]):
+                want_BTKC[b, :, :, c] += len(set(at.tolist()) & set(tokens)) // stride * shares_BTKX[b, :, :, x]
+    got_BTKC = selectors.in_larger_blocks(jnp.asarray(shares_BTKX), small, large, stride)
+    np.testing.assert_allclose(got_BTKC, want_BTKC, atol=1e-5)
+
+
 def test_moba():
     def choose(b, at, n, t, k):
         return best(of_blocks(b, at, n, k).mean(1) @ Q[b, t, k * G], 2)
@@ -145,9 +169,8 @@ def test_native_sparse():
 
     own_BT1 = POSITIONS[..., None] // L
     is_fixed = (BLOCKS.numbers[:, None] == 0) | (BLOCKS.numbers[:, None] == own_BT1 - 1)
-    assert_chosen(
-        selectors.native_sparse(Q_BTNH, means_BCKH, jnp.asarray(lse_BTN), BEFORE, is_fixed, 4, scale=scale), choose
-    )
+    shares_BTKC = selectors.compressed_shares(Q_BTNH, means_BCKH, jnp.asarray(lse_BTN), BEFORE, scale=scale)
+    assert_chosen(selectors.native_sparse(shares_BTKC, BEFORE, is_fixed, 4), choose)
 
 
 def test_patterns():

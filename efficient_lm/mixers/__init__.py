@@ -51,6 +51,7 @@ from efficient_lm.mixers.mlstm import MLSTM as MLSTM
 from efficient_lm.mixers.mlstm import MLSTMConfig as MLSTMConfig
 from efficient_lm.mixers.moba import MoBA as MoBA
 from efficient_lm.mixers.moba import MoBAConfig as MoBAConfig
+from efficient_lm.mixers.native_sparse_attention import CompressionConfig as CompressionConfig
 from efficient_lm.mixers.native_sparse_attention import NativeSparseAttention as NativeSparseAttention
 from efficient_lm.mixers.native_sparse_attention import NativeSparseAttentionConfig as NativeSparseAttentionConfig
 from efficient_lm.mixers.parallel import ParallelMixer as ParallelMixer

@@ -35,19 +35,41 @@ class BlockCache:
 
 
 def init_block_cache(
-    *summary_dims: str, batch_size: int, max_len: int, block_size: int, dtype: DTypeLike, **sizes: int
+    *summary_dims: str,
+    batch_size: int,
+    max_len: int,
+    block_size: int,
+    stride: int | None = None,
+    dtype: DTypeLike,
+    **sizes: int,
 ) -> BlockCache:
-    """Returns an empty cache for `max_len` tokens, and for summaries of their blocks with the dimensions given."""
-    C = -(-max_len // block_size)
+    """Returns an empty cache for `max_len` tokens, and for summaries with the dimensions given.
+
+    There is one for each block, or for each `stride` tokens.
+    """
+    S = -(-max_len // block_size) * block_size
     arrays = ("BSKH", dtype), ("BSKP", dtype)
-    tokens = init_cache(*arrays, batch_size=batch_size, max_len=C * block_size, **sizes)
-    sizes |= {"B": batch_size, "C": C}
+    tokens = init_cache(*arrays, batch_size=batch_size, max_len=S, **sizes)
+    sizes |= {"B": batch_size, "C": S // (stride or block_size)}
     zeros = lambda dims: shard(jnp.zeros([sizes[d] for d in dims], dtype), dims)
     return BlockCache(tokens, tuple(zeros(dims) for dims in summary_dims), summary_dims)
 
 
 def block_mean(a: Float[Array, "B C L ..."]) -> Float[Array, "B C ..."]:
     return jnp.mean(a, axis=2, dtype=jnp.float32).astype(a.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How blocks of keys and values are summarized."""
+
+    size: int
+    stride: int
+    """A block of `size` tokens starts each `stride`, which divides the size, and that of the blocks chosen from."""
+    make: Callable[..., tuple[Array, ...]]
+    """Makes `[B C K ...]` of keys and values `[B C L K ...]`, and of the weights."""
+    weights: tuple[Array, ...] = ()
+    weight_dims: tuple[str, ...] = ()
 
 
 class View(NamedTuple):
@@ -62,6 +84,8 @@ class View(NamedTuple):
     blocks: Blocks
     block_k: Float[Array, "B C L K H"]
     block_v: Float[Array, "B C L K P"]
+    summarized: Blocks
+    """What the summaries are of: the blocks, or shorter ones that may overlap."""
     summaries: tuple[Array, ...]
 
     def of_queries(self, T: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -115,7 +139,7 @@ class View(NamedTuple):
 
 def attend_in_blocks(
     see: Callable[..., Array],
-    summarize: Callable[[Array, Array], tuple[Array, ...]],
+    summary: Summary,
     queries: tuple[Float[Array, "B T N ..."], ...],
     arrays: tuple[Array, Array],
     state: BlockCache | None,
@@ -128,68 +152,98 @@ def attend_in_blocks(
 ) -> tuple[Float[Array, "B T N P"], BlockCache | None]:
     """Returns what the tokens see, and the cache after them.
 
-    `see(view, *queries)` is their attention, on each device's own rows and heads; `summarize` makes `[B C K ...]` of
-    keys and values `[B C L K ...]` of blocks. Of what is near, a single token finds in its view its own block and the
-    last `num_near` tokens.
+    `see(view, *queries)` is their attention, on each device's own rows and heads. Of what is near, a single token finds
+    in its view its own block and the last `num_near` tokens.
     """
-    query_dims = ",".join(["BTNH"] * len(queries))
+    weights, weight_dims = summary.weights, summary.weight_dims
 
-    def see_row(k, v, ids, positions, *queries):
+    def see_row(k, v, ids, positions, *rest):
+        queries, weights = rest[: len(rest) - len(weight_dims)], rest[len(rest) - len(weight_dims) :]
         blocks = full_blocks(ids, positions, block_size)
         block_k, block_v = blocks.take(k), blocks.take(v)
+        summarized, summarized_k, summarized_v = blocks, block_k, block_v
+        if (summary.size, summary.stride) != (block_size, block_size):
+            summarized = full_blocks(ids, positions, summary.size, summary.stride)
+            summarized_k, summarized_v = summarized.take(k), summarized.take(v)
+        summaries = summary.make(summarized_k, summarized_v, *weights)
         own_ids = own_block_ids(ids, positions, block_size)
-        view = View(k, v, ids, own_ids, positions, blocks, block_k, block_v, summarize(block_k, block_v))
+        view = View(k, v, ids, own_ids, positions, blocks, block_k, block_v, summarized, summaries)
         return see(view, *queries)
 
-    def see_own(k, v, ids, positions, *queries):
+    def see_own(k, v, ids, positions, *rest):
         (k, v, positions), places = context.gather_keys((k, v, positions), ids)
         kv_ids = places["kv_segment_ids"]
-        return see_row(k, v, ids if kv_ids is None else kv_ids, positions, *queries)
+        return see_row(k, v, ids if kv_ids is None else kv_ids, positions, *rest)
 
-    row_dims = f"BSKH,BSKP,BS,BS,{query_dims}"
+    rest_dims = [*["BTNH"] * len(queries), *weight_dims]
+    row_dims = ",".join(["BSKH", "BSKP", "BS", "BS", *rest_dims])
     if state is None:
         run = per_shard(see_own, row_dims, "BTNP", split_tokens=True)
-        return run(*arrays, segment_ids, positions, *queries), None
+        return run(*arrays, segment_ids, positions, *queries, *weights), None
     see_row = per_shard(see_row, row_dims, "BTNP")
     past, written = state.tokens, state.tokens.write(arrays, segment_ids, positions, length)
-    in_blocks = lambda a: a.reshape(a.shape[0], -1, block_size, *a.shape[2:])
 
-    summary_dims = ",".join(state.summary_dims)
+    summary_dims = state.summary_dims
     if segment_ids.shape[1] != 1:
         past_ids_BS = jnp.where(past.positions() < 0, 0, first_document(segment_ids))
         # The cache and the tokens make one row.
         pairs = zip((*past.arrays, past_ids_BS, past.positions()), (*arrays, segment_ids, positions), strict=True)
-        o_BTNP = see_row(*(jnp.concatenate(pair, axis=1) for pair in pairs), *queries)
-        renew = lambda k, v: summarize(in_blocks(k), in_blocks(v))
-        summaries = per_shard(renew, "BSKH,BSKP", summary_dims)(*written.arrays)
-        return o_BTNP, BlockCache(written, summaries, state.summary_dims)
+        o_BTNP = see_row(*(jnp.concatenate(pair, axis=1) for pair in pairs), *queries, *weights)
+        in_blocks = lambda a: _side_by_side(a, summary.size, summary.stride)
+        renew = lambda k, v, *weights: summary.make(in_blocks(k), in_blocks(v), *weights)
+        run = per_shard(renew, ",".join(["BSKH", "BSKP", *weight_dims]), ",".join(summary_dims))
+        return o_BTNP, BlockCache(written, run(*written.arrays, *weights), summary_dims)
 
-    def see_cache(k, v, ids_B1, positions_B1, *summaries_and_queries):
-        n = len(state.summaries)
-        summaries, queries = summaries_and_queries[:n], summaries_and_queries[n:]
-        B = len(ids_B1)
-        block_k, block_v = in_blocks(k), in_blocks(v)
-        own_B = positions_B1[:, 0] // block_size
-        at_own = jax.vmap(lambda row, c: row[c])
-        new = summarize(*(at_own(a, own_B)[:, None] for a in (block_k, block_v)))
-        put = jax.vmap(lambda row, x, c: row.at[c].set(x[0]))
-        summaries = tuple(put(old, x.astype(old.dtype), own_B) for old, x in zip(summaries, new, strict=True))
+    def see_cache(k, v, ids_B1, positions_B1, *rest):
+        n, m = len(summary_dims), len(weight_dims)
+        old, queries, weights = rest[:n], rest[n : len(rest) - m], rest[len(rest) - m :]
+        summaries = _renew_last(summary, old, k, v, positions_B1[:, 0], weights)
+        block_k, block_v = (_side_by_side(a, block_size, block_size) for a in (k, v))
 
         near_BS = positions_B1 - jnp.arange(max(block_size, num_near))[::-1]
         ids_BS = jnp.where(near_BS >= 0, ids_B1, 0)
         own_ids_BS = jnp.where(ids_BS > 0, near_BS // block_size + 1, 0)
         at_near = jax.vmap(lambda row, near: row.at[jnp.maximum(near, 0)].get(mode="clip"))
-        C = block_k.shape[1]
-        places_CL = jnp.arange(C * block_size).reshape(C, block_size)
-        blocks = Blocks(
-            jnp.broadcast_to(places_CL, (B, C, block_size)),
-            jnp.broadcast_to(ids_B1, (B, C)),
-            jnp.broadcast_to(jnp.arange(C), (B, C)),
-        )
         near_k, near_v = at_near(k, near_BS), at_near(v, near_BS)
-        view = View(near_k, near_v, ids_BS, own_ids_BS, near_BS, blocks, block_k, block_v, summaries)
+        blocks = _blocks_of_cache(ids_B1, k.shape[1], block_size, block_size)
+        summarized = _blocks_of_cache(ids_B1, k.shape[1], summary.size, summary.stride)
+        view = View(near_k, near_v, ids_BS, own_ids_BS, near_BS, blocks, block_k, block_v, summarized, summaries)
         return see(view, *queries), *summaries
 
-    run = per_shard(see_cache, f"BSKH,BSKP,BT,BT,{summary_dims},{query_dims}", f"BTNP,{summary_dims}")
-    o_BTNP, *summaries = run(*written.arrays, segment_ids, positions, *state.summaries, *queries)
-    return o_BTNP, BlockCache(written, tuple(summaries), state.summary_dims)
+    dims = ",".join(["BSKH", "BSKP", "BT", "BT", *summary_dims, *rest_dims])
+    run = per_shard(see_cache, dims, ",".join(["BTNP", *summary_dims]))
+    o_BTNP, *summaries = run(*written.arrays, segment_ids, positions, *state.summaries, *queries, *weights)
+    return o_BTNP, BlockCache(written, tuple(summaries), summary_dims)
+
+
+def _side_by_side(a: Float[Array, "B S ..."], size: int, stride: int) -> Float[Array, "B C L ..."]:
+    """Returns the blocks of a cache, of which one starts each `stride` slots. The last are not full, and never seen."""
+    strides = a.reshape(a.shape[0], -1, stride, *a.shape[2:])
+    return jnp.concatenate([jnp.roll(strides, -n, axis=1) for n in range(size // stride)], axis=2)
+
+
+def _blocks_of_cache(ids: Int[Array, "B 1"], num_slots: int, size: int, stride: int) -> Blocks:
+    B, C = len(ids), num_slots // stride
+    tokens_CL = stride * jnp.arange(C)[:, None] + jnp.arange(size)
+    return Blocks(
+        jnp.broadcast_to(tokens_CL, (B, C, size)),
+        jnp.broadcast_to(ids, (B, C)),
+        jnp.broadcast_to(jnp.arange(C), (B, C)),
+    )
+
+
+def _renew_last(summary, old, k, v, positions_B, weights):
+    """Returns the summaries of a cache, that of the last full block made anew if one of the rows has just filled it."""
+    ahead_B = positions_B - summary.size + 1
+    last_B = jnp.maximum(ahead_B, 0) // summary.stride  # Before any is full, what is written is never seen.
+    is_filled_B = (ahead_B >= 0) & (ahead_B % summary.stride == 0)
+
+    def make():
+        block = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, summary.size))
+        made = summary.make(*(block(a, last_B * summary.stride)[:, None] for a in (k, v)), *weights)
+        return tuple(new[:, 0].astype(a.dtype) for new, a in zip(made, old, strict=True))
+
+    at_last = jax.vmap(lambda row, c: row[c])
+    new = jax.lax.cond(jnp.any(is_filled_B), make, lambda: tuple(at_last(a, last_B) for a in old))
+    put = jax.vmap(lambda row, x, c: row.at[c].set(x))
+    return tuple(put(a, x, last_B) for a, x in zip(old, new, strict=True))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from efficient_lm import selectors
 from efficient_lm.layers import Einsum
 from efficient_lm.mixers.base import Mixer, MixerConfig
-from efficient_lm.mixers.block_cache import BlockCache, View, attend_in_blocks, block_mean, init_block_cache
+from efficient_lm.mixers.block_cache import BlockCache, Summary, View, attend_in_blocks, block_mean, init_block_cache
 from efficient_lm.rotary import RotaryConfig, document_positions, rotate
 
 
@@ -75,7 +75,7 @@ class MoBA(Mixer):
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, cfg.rotary), rotate(k_BTKH, positions_BT, cfg.rotary)
         o_BTNH, state = attend_in_blocks(
             self._see,
-            lambda k, _: (block_mean(k),),
+            Summary(size=cfg.block_size, stride=cfg.block_size, make=lambda k, _: (block_mean(k),)),
             (q_BTNH,),
             (k_BTKH, v_BTKH),
             state,

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,13 @@ def rms_error(got, want):
     return np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30) if want.size else 0.0
 
 
-def make(T, S=None, N=4, K=2, H=8, P=6, J=3, block_size=16, query_block=1, B=4, seed=0):
+def make(T, S=None, G=2, K=2, H=8, P=6, J=3, block_size=16, query_block=1, B=4, seed=0):
     """Returns q, k, v and ids, which come in any order, twice, and as numbers that are no blocks."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     S = T if S is None else S
     ids = rng.integers(-2, -(-S // block_size) + 1, size=(B, -(-T // query_block), K, J), dtype=np.int32)
-    return normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, P), ids
+    return normal(B, T, K * G, H), normal(B, S, K, H), normal(B, S, K, P), ids
 
 
 def make_segments(S, seed=1):
@@ -70,10 +71,10 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"N": 1, "K": 1}, {"block_size": 16}),
-        ({"N": 4, "K": 2}, {"block_size": 16, "query_block": 5, "window_size": 20}),
-        ({"N": 16, "K": 1, "J": 1}, {"block_size": 32, "query_block": 16, "scale": 0.7}),
-        ({"N": 6, "K": 2, "J": 2}, {"block_size": 128, "window_size": 3}),
+        ({"G": 1, "K": 1}, {"block_size": 64}),
+        ({"G": 2, "K": 2}, {"block_size": 16, "query_block": 5, "window_size": 20}),
+        ({"G": 16, "K": 1, "J": 1}, {"block_size": 32, "query_block": 16, "scale": 0.7}),
+        ({"G": 3, "K": 2, "J": 2}, {"block_size": 128, "window_size": 3}),
     ],
 )
 def test_agrees_with_ref(sizes, options):
@@ -106,23 +107,33 @@ def test_ref_is_a_softmax_over_what_was_chosen():
         np.testing.assert_allclose(lse[b, n, t], np.log(sum(weights)) if chosen else -np.inf, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(("block_size", "query_block"), [(16, 1), (64, 64)])
-def test_all_blocks_are_dense_attention(block_size, query_block):
-    T, options = 150, {"window_size": 77, "scale": 0.5}
-    q, k, v, _ = make(T)
-    shape = 4, -(-T // query_block), 2, -(-T // block_size)
+def assert_dense(run, T, G, block_size, query_block, K=2):
+    """Asserts that all blocks together are attention to all keys."""
+    options = {"window_size": 3 * T // 4, "scale": 0.5}
+    q, k, v, _ = make(T, G=G, K=K)
+    shape = 4, -(-T // query_block), K, -(-T // block_size)
     block_ids, ids = np.broadcast_to(np.arange(shape[3], dtype=np.int32)[::-1], shape), make_segments(T)
     got = run(q, k, v, block_ids, ids, block_size=block_size, query_block=query_block, **options)
     dense = lambda q, k, v: attention(q, k, v, segment_ids=jnp.asarray(ids), **options)
     assert_same(got, jax.jit(with_gradients, static_argnums=0)(dense, q, k, v), 1e-6, 1e-6)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("G", "block_size", "query_block"), [(1, 64, 64), (2, 16, 1), (3, 128, 1), (8, 32, 5), (16, 16, 150)]
+)
+def test_all_blocks_are_dense_attention(G, block_size, query_block):
+    assert_dense(run, 150, G, block_size, query_block)
+
+
 @pytest.mark.parametrize(("T", "S"), [(0, 0), (0, 5), (1, 1), (1, 50), (7, 50)])
 def test_lengths(T, S):
     args = *make(T, S, query_block=3), make_segments(S)
     options = {"block_size": 16, "query_block": 3}
-    assert_same(run(*args, impl=None, **options), run(*args, impl="ref", **options))
+    want = run(*args, impl="ref", **options)
+    assert_same(run(*args, impl=None, **options), want)
+    if T == 0:  # Without queries, there is nothing to run.
+        assert_same(run(*args, impl="tpu", **options), want)
 
 
 def test_queries_that_see_nothing():
@@ -150,35 +161,59 @@ def test_bfloat16():
     assert_same(got, want, 1e-2, 2e-2)  # Outputs are rounded to 8 bits; in gradients, two factors more.
 
 
-# Interpreted with races detected and fresh memory full of NaN. 16 heads are read in place, the others are brought
-# together, in groups filled up to 128 rows; a group's ids take several steps. The last case has blocks for each query.
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        ({"T": 50, "N": 32, "J": 9}, {"block_size": 32, "query_block": 16, "window_size": 41, "scale": 0.5}),
-        ({"T": 70, "S": 90, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 50}),
-        ({"T": 20, "S": 40, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 1, "window_size": 30}),
-    ],
-)
-def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
+# With those of all blocks, below: each number of query heads to a key/value head and each size of blocks, for queries
+# with ids of their own (query_block 1) and for such as share them, as many as fill 128 rows or more. 16 heads are read
+# in place. In one case there are ids for one head at a time, and in two memory for the gradients of two blocks.
+TPU_CASES = [
+    ({"G": 2, "T": 18, "S": 75}, {"block_size": 32, "query_block": 1, "window_size": 30}),
+    ({"G": 3, "K": 1, "T": 18, "S": 150, "two_blocks": True}, {"block_size": 64, "query_block": 1}),
+    ({"G": 8, "T": 1, "S": 300, "J": 6}, {"block_size": 128, "query_block": 1, "scale": 0.5}),
+    ({"G": 16, "K": 1, "T": 17, "S": 50}, {"block_size": 16, "query_block": 1}),
+    ({"G": 1, "T": 1, "S": 300, "J": 6}, {"block_size": 128, "query_block": 128}),
+    ({"G": 2, "T": 70, "S": 90, "two_blocks": True, "by_head": True}, {"block_size": 16, "query_block": 64}),
+    ({"G": 3, "T": 70, "S": 75}, {"block_size": 32, "query_block": 50, "window_size": 41}),
+    ({"G": 16, "T": 50, "S": 50, "J": 9}, {"block_size": 32, "query_block": 16, "scale": 0.5}),
+]
+
+
+def interpret(*args, **options):
+    """Runs the TPU kernels, with races detected and fresh memory full of NaN, and asserts that they are what ran."""
+    kernels = "tokens_" * (options["query_block"] == 1)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        ran = set(re.findall(r"block_sparse_attention_\w+ward", str(run.trace(*args, impl="tpu", **options).jaxpr)))
+        assert ran == {f"block_sparse_attention_{kernels}{direction}" for direction in ("forward", "backward")}
+        return run(*args, impl="tpu", **options)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of queries and of keys, and several parts of each."""
+    sizes = {"_FORWARD_QUERIES": 16, "_BACKWARD_QUERIES": 8, "_KEYS": 32, "_GATHERED": 64, "_TOGETHER": 2}
+    for name, size in sizes.items():
+        monkeypatch.setattr(tpu_tokens, name, size)
     monkeypatch.setattr(tpu_groups, "_FORWARD_KEYS", 128)
     monkeypatch.setattr(tpu_groups, "_BACKWARD_KEYS", 128)
-    for name, size in {
-        "_FORWARD_QUERIES": 16,
-        "_BACKWARD_QUERIES": 8,
-        "_KEYS": 32,
-        "_GATHERED": 64,
-        "_TOGETHER": 2,
-    }.items():
-        monkeypatch.setattr(tpu_tokens, name, size)
-    if "S" in sizes:  # One head at a time, and the gradients of two blocks.
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("sizes", "options"), TPU_CASES)
+def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
+    sizes = {"H": 24, "J": 2, **sizes}
+    if sizes.pop("by_head", False):
         monkeypatch.setattr(tpu_groups, "MAX_IDS", 100)
-        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 32 * 4 * (128 + 128))
+    if sizes.pop("two_blocks", False):
+        monkeypatch.setattr(tpu, "_MAX_GRADIENT_BYTES", 2 * options["block_size"] * 4 * (128 + 128))
     blocks = {name: options[name] for name in ("block_size", "query_block")}
-    args = *make(**sizes, **blocks), make_segments(sizes.get("S", sizes["T"]))
+    args = *make(**sizes, **blocks), make_segments(sizes["S"])
     want = run(*args, impl="ref", **options)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        assert_same(run(*args, impl="tpu", **options), want)
+    assert np.any(np.isfinite(want[0][1]))  # Somebody sees something.
+    assert_same(interpret(*args, **options), want)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("T", "G", "block_size", "query_block"), [(20, 1, 16, 1), (150, 8, 64, 16)])
+def test_tpu_kernel_of_all_blocks_is_dense_attention(T, G, block_size, query_block):
+    assert_dense(interpret, T, G, block_size, query_block, K=1)
 
 
 def test_errors():

@@ -6,13 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.mixers import AttentionConfig, MoBAConfig, NativeSparseAttentionConfig
+from efficient_lm.mixers import AttentionConfig, CompressionConfig, MoBAConfig, NativeSparseAttentionConfig
 from efficient_lm.sharding import make_mesh, shard, spec
 
 WIDTHS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 CONFIGS = {
     "MoBA": MoBAConfig(**WIDTHS, block_size=4, num_blocks=3),
     "NSA": NativeSparseAttentionConfig(**WIDTHS, block_size=4, num_blocks=4, window_size=6),
+    "NSA, compressed": NativeSparseAttentionConfig(
+        **WIDTHS,
+        block_size=2,
+        num_blocks=4,
+        window_size=5,
+        compression=CompressionConfig(block_size=2, stride=1, d_hidden=10),
+    ),
 }
 # Documents of 29 and 13 tokens with padding in and about them; one of 40. Borders of blocks are nowhere in the row's.
 IDS = np.array([[0] * 2 + [1] * 17 + [0] + [1] * 12 + [2] * 13, [1] * 40 + [0] * 5], np.int32)
@@ -109,3 +116,18 @@ def test_sizes_that_do_not_fit(change, message):
     for cfg in (MoBAConfig, NativeSparseAttentionConfig):
         with pytest.raises(ValueError, match=message):
             contract.build(cfg(**{**WIDTHS, "block_size": 4, "num_blocks": 3, **change}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"block_size": 4, "stride": 0}, "stride=0"),
+        ({"block_size": 12, "stride": 2}, "at most block_size=8"),
+        ({"block_size": 6, "stride": 4}, "multiples of compression.stride=4"),
+        ({"block_size": 6, "stride": 3}, "multiples of compression.stride=3"),
+    ],
+)
+def test_compression_that_does_not_fit(sizes, message):
+    compression = CompressionConfig(**sizes, d_hidden=4)
+    with pytest.raises(ValueError, match=message):
+        contract.build(NativeSparseAttentionConfig(**WIDTHS, block_size=8, num_blocks=3, compression=compression))

@@ -8,6 +8,7 @@ import pytest
 
 from efficient_lm.mixers import (
     AttentionConfig,
+    CompressionConfig,
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
     GroupedTiedAttentionConfig,
@@ -123,6 +124,14 @@ NUMBERS = {
     # Whole blocks of 16, and per block one key, or a key and a value: a 16th of it for each token.
     "MoBA": (MoBAConfig(**WIDTHS, block_size=16, num_blocks=3), 2 * 2 * 8 + 2 * 8 // 16, 0, 112),
     "NSA": (NativeSparseAttentionConfig(**WIDTHS, block_size=16), 2 * 2 * 8 + 2 * 2 * 8 // 16, 0, 112),
+    "NSA, compressed": (
+        NativeSparseAttentionConfig(
+            **WIDTHS, block_size=16, compression=CompressionConfig(block_size=8, stride=4, d_hidden=8)
+        ),
+        2 * 2 * 8 + 2 * 2 * 8 // 4,
+        0,
+        112,
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from efficient_lm import mixers
 from efficient_lm.mixers import (
     AttentionConfig,
     CombaConfig,
+    CompressionConfig,
     CrossAttentionConfig,
     DeltaNetConfig,
     DifferentialAttentionConfig,
@@ -59,6 +60,15 @@ TINY = [
     MoBAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=2, num_blocks=4),
     # Of all blocks but one: a choice among more is so close somewhere that bfloat16 takes another one.
     NativeSparseAttentionConfig(num_heads=8, num_kv_heads=2, head_dim=6, block_size=2, num_blocks=5, window_size=3),
+    NativeSparseAttentionConfig(
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=10,
+        block_size=4,
+        num_blocks=3,
+        window_size=3,
+        compression=CompressionConfig(block_size=2, stride=1, d_hidden=12),
+    ),
     GatedDeltaNetConfig(num_heads=4, num_key_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, beta_max=2.0),
     DeltaNetConfig(num_heads=2, key_dim=8, value_dim=16, conv_size=None),

@@ -34,6 +34,7 @@ from pair import PairConfig
 from efficient_lm.mixers import (
     AttentionConfig,
     CombaConfig,
+    CompressionConfig,
     DeltaNetConfig,
     DifferentialAttentionConfig,
     ForgettingAttentionConfig,
@@ -323,6 +324,20 @@ def native_sparse_attention(settings: Settings, p: Arrays) -> tuple[MixerConfig,
     return NativeSparseAttentionConfig(**_in_blocks(settings, names)), parameters
 
 
+def native_sparse_compression(settings: Settings, p: Arrays) -> tuple[MixerConfig, Arrays]:
+    config, parameters = native_sparse_attention(settings, p)
+    K, L, F = (settings[name] for name in ("num_kv_heads", "compression_block_size", "compression_hidden"))
+    for ours in ("k", "v"):
+        of = lambda name, ours=ours: jnp.stack([p[f"{ours}_phi.{head}.{name}"] for head in range(K)])
+        parameters |= {
+            f"{ours}_compression.positions": of("positions"),
+            f"{ours}_compression.in_kernel": jnp.moveaxis(of("up.weight").reshape(K, F, L, -1), 1, 3),
+            f"{ours}_compression.out_kernel": jnp.moveaxis(of("down.weight"), 1, 2),
+        }
+    compression = CompressionConfig(block_size=L, stride=settings["compression_stride"], d_hidden=F)
+    return dataclasses.replace(config, compression=compression), parameters
+
+
 def _in_blocks(settings: Settings, names: dict[str, str]) -> dict[str, Any]:
     names = names | {name: name for name in ("num_heads", "num_kv_heads", "head_dim")}
     return {name: settings[theirs] for name, theirs in names.items()} | {
@@ -588,6 +603,7 @@ CACHED = {
     "layer_lolcats": lolcats,
     "layer_liger": liger,
     "layer_native_sparse_attention": native_sparse_attention,
+    "layer_native_sparse_compression": native_sparse_compression,
     "layer_deepseek_v2": deepseek,
     "layer_deepseek_v3": deepseek,
     "layer_grouped_tied_attention": grouped_tied_attention,

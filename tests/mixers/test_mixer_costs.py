@@ -10,9 +10,10 @@ from contract import D_MODEL, T
 from flax import nnx
 from test_contract import TINY
 
-from efficient_lm.costs import block_costs, model_costs, state_bytes
+from efficient_lm.costs import block_costs, model_costs, share, state_bytes, variables
 from efficient_lm.ffns import MLPConfig
 from efficient_lm.mixers import (
+    CompressionConfig,
     ForgettingAttentionConfig,
     GatedDeltaProductConfig,
     NativeSparseAttentionConfig,
@@ -53,7 +54,8 @@ def test_states_have_these_bytes(cfg):
 def test_models_have_these_parameters(cfg):
     whole = jax.eval_shape(lambda: model(cfg).build(rngs=nnx.Rngs(0)))
     costs = model_costs(model(cfg), context=T)
-    assert costs.parameters == costs.active_parameters == sum(x.size for x in jax.tree.leaves(whole))
+    assert costs.parameters == sum(x.size for x in jax.tree.leaves(whole))
+    assert costs.active_parameters == sum(math.prod(v.shape) * share(v) for v in variables(whole))
 
 
 # What XLA counts of one token is up to a third more: work on single channels. Of these it is far more.
@@ -73,9 +75,23 @@ def test_operations_are_those_of_a_step(cfg):
     step = jax.jit(lambda mixer, x, state: mixer(x, state))
     token = jax.ShapeDtypeStruct((1, 1, D_MODEL), jnp.float32)
     counted = step.lower(mixer, token, state).cost_analysis()
-    variables = jax.tree.leaves(mixer, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    products = 2.0 * sum(math.prod(v.shape) for v in variables if v.get_metadata().get("contracted"))
+    multiplied = [v for v in variables(mixer) if v.get_metadata().get("contracted")]
+    products = 2.0 * sum(math.prod(v.shape) * share(v) for v in multiplied)
     total = lambda length: length * mixer.flops_per_token(length)
     said = products + total(context) - total(context - 1)
     # A loop's operations are counted once: MesaNet's, 0.03 of all.
     assert 0.96 < counted["flops"] / said < MORE.get(type(cfg), 4 / 3)
+
+
+def test_a_block_is_compressed_once():
+    """Not once for each of its tokens: of a hidden channel, 3 layers pay forward, and twice that backward."""
+    K, H, L, stride = 2, 6, 4, 2
+
+    def flops(d_hidden):
+        compression = CompressionConfig(block_size=L, stride=stride, d_hidden=d_hidden)
+        heads = {"num_heads": 8, "num_kv_heads": K, "head_dim": H}
+        cfg = NativeSparseAttentionConfig(**heads, block_size=8, num_blocks=3, compression=compression)
+        return model_costs(model(cfg), context=64).training_flops
+
+    of_keys_and_values = 2 * K * (L * H + H) / stride
+    assert flops(11) - flops(10) == 3 * 3 * 2 * of_keys_and_values
