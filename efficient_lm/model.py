@@ -154,10 +154,8 @@ class LanguageModel(nnx.Module):
         embedding_key, head_key, layers_key = (rngs.params() for _ in range(3))
         draw = lambda key, rows: jax.random.normal(key, (rows, cfg.d_model)) * cfg.d_model**-0.5
         self.embedding = nnx.Param(shard(draw(embedding_key, cfg.vocab_size), "VD"), dims="VD", contracted="")
-        self.meta = None
-        if cfg.meta_tokens:
-            draw_meta = draw(jax.random.fold_in(embedding_key, 0), cfg.meta_tokens)
-            self.meta = nnx.Param(shard(draw_meta, "vD"), dims="VD", contracted="")
+        draw_meta = lambda: shard(draw(jax.random.fold_in(embedding_key, 0), cfg.meta_tokens), "vD")
+        self.meta = nnx.Param(draw_meta(), dims="VD", contracted="") if cfg.meta_tokens else None
 
         # Layer i draws from fold_in(key, i): walked by a scan or one by one, it is the same layer.
         def build(letters: str, first: Any):
