@@ -2,8 +2,8 @@
 
 Nothing is stated twice: sizes are those of the parameters and states that the modules make, as shapes. Only what a
 module computes beside products with its weights it has to say itself, as `flops_per_token`. Work on single channels
-does not count: norms, gates, activations, short convolutions. Meta tokens are tokens like others: sequences and training
-rows of a given length hold them. What a run reports, tokens per second and MFU, leaves them out, as it does padding.
+does not count: norms, gates, activations, short convolutions. Meta tokens are tokens like others: sequences and rows of
+training hold them. What a run reports, tokens per second and MFU, leaves them out, as it does padding.
 """
 
 import dataclasses
