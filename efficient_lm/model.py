@@ -93,11 +93,11 @@ class ModelConfig:
     embedding_scale: float = 1.0
     """What the embeddings of tokens are multiplied by; the head stays as it is."""
     logits_scale: float = 1.0
-    meta_tokens: int = 0
-    """Learned tokens before every document (https://arxiv.org/abs/2411.13676), read and never predicted: the numbers
-    from vocab_size on. Layers with a window see them always if it has as many sink tokens."""
     logits_soft_cap: float | None = None
     """Logits are capped to soft_cap * tanh(logit / soft_cap), after they are scaled."""
+    meta_tokens: int = 0
+    """Learned tokens before every document (https://arxiv.org/abs/2411.13676), read and never predicted: the numbers
+    from vocab_size on. Layers with a window have to have as many sink_tokens to see them always."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations; parameters are float32 always."""
     remat: Literal["nothing", "dots", "everything"] = "everything"
