@@ -78,6 +78,11 @@ class TrainConfig:
                 f"batch_size={self.batch_size} cannot be cut into "
                 f"grad_accumulation={self.grad_accumulation} equal parts"
             )
+        if self.seq_len <= self.model.meta_tokens:
+            raise ValueError(
+                f"seq_len={self.seq_len} has no room for text behind meta_tokens={self.model.meta_tokens}: every row "
+                "begins with them"
+            )
         for name in ("evaluation", "logging"):
             if getattr(self, name).every < 1:
                 raise ValueError(f"{name}.every={getattr(self, name).every} must be at least 1")

@@ -2,7 +2,8 @@
 
 Nothing is stated twice: sizes are those of the parameters and states that the modules make, as shapes. Only what a
 module computes beside products with its weights it has to say itself, as `flops_per_token`. Work on single channels
-does not count: norms, gates, activations, short convolutions.
+does not count: norms, gates, activations, short convolutions. Meta tokens are tokens like others: sequences and rows of
+training hold them. What a run reports, tokens per second and MFU, leaves them out, as it does padding.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ def head_costs(cfg: ModelConfig, *, batch_size: int = 1) -> Costs:
     head = num_parameters(model.embedding if model.head is None else model.head)
     norm = num_parameters(model.norm)
     parameters = norm + num_parameters(model.embedding) + (0 if model.head is None else head)
-    parameters += num_parameters(model.called)
+    parameters += num_parameters([model.meta, model.called])
     # A token reads its row of the embedding, and the whole head.
     rows = 0 if model.head is None else cfg.d_model
     return Costs(
@@ -166,7 +167,7 @@ def model_table(cfg: ModelConfig, model: LanguageModel) -> Table:
         numbers = num_parameters(block), state_bytes(block.mixer, cfg, 0), growth
         table.add_row(letter, *_names(cfg.blocks[letter]), str(letters.count(letter)), *map(count, numbers))
     head = 0 if model.head is None else num_parameters(model.head)
-    table.add_row("", _head_name(cfg), "", "", count(num_parameters(model.embedding) + head), "", "")
+    table.add_row("", _head_name(cfg), "", "", count(num_parameters([model.embedding, model.meta]) + head), "", "")
     return table
 
 

@@ -95,6 +95,9 @@ class ModelConfig:
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
     """Logits are capped to soft_cap * tanh(logit / soft_cap), after they are scaled."""
+    meta_tokens: int = 0
+    """Learned tokens before every document (https://arxiv.org/abs/2411.13676), read and never predicted: the numbers
+    from vocab_size on. Layers with a window have to have as many sink_tokens to see them always."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations; parameters are float32 always."""
     remat: Literal["nothing", "dots", "everything"] = "everything"
@@ -104,8 +107,9 @@ class ModelConfig:
         for name in ("vocab_size", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.num_periods < 0:
-            raise ValueError(f"num_periods={self.num_periods} must not be negative")
+        for name in ("num_periods", "meta_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for field in ("prefix", "pattern", "tail"):
             for letter in getattr(self, field).split():
                 if letter not in self.blocks:
@@ -125,6 +129,11 @@ class ModelConfig:
         """The letters of all blocks in order."""
         return " ".join([*self.prefix.split(), *self.pattern.split() * self.num_periods, *self.tail.split()])
 
+    @property
+    def meta_ids(self) -> range:
+        """The numbers of the meta tokens."""
+        return range(self.vocab_size, self.vocab_size + self.meta_tokens)
+
     def build(self, *, rngs: nnx.Rngs) -> "LanguageModel":
         return LanguageModel(self, rngs=rngs)
 
@@ -143,8 +152,10 @@ class LanguageModel(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         embedding_key, head_key, layers_key = (rngs.params() for _ in range(3))
-        draw_VD = lambda key: jax.random.normal(key, (cfg.vocab_size, cfg.d_model)) * cfg.d_model**-0.5
-        self.embedding = nnx.Param(shard(draw_VD(embedding_key), "VD"), dims="VD", contracted="")
+        draw = lambda key, rows: jax.random.normal(key, (rows, cfg.d_model)) * cfg.d_model**-0.5
+        self.embedding = nnx.Param(shard(draw(embedding_key, cfg.vocab_size), "VD"), dims="VD", contracted="")
+        draw_meta = lambda: shard(draw(jax.random.fold_in(embedding_key, 0), cfg.meta_tokens), "vD")
+        self.meta = nnx.Param(draw_meta(), dims="VD", contracted="") if cfg.meta_tokens else None
 
         # Layer i draws from fold_in(key, i): walked by a scan or one by one, it is the same layer.
         def build(letters: str, first: Any):
@@ -166,7 +177,7 @@ class LanguageModel(nnx.Module):
         build_shared = lambda name: calls[name].build_shared(cfg.d_model, rngs=nnx.Rngs(params=keys[name]))
         self.called = nnx.Dict({name: build_shared(name) for name in calls})
         self.norm = RMSNorm(cfg.d_model)
-        draw_head = lambda: nnx.Param(shard(draw_VD(head_key).T, "DV"), dims="DV", contracted="D")
+        draw_head = lambda: nnx.Param(shard(draw(head_key, cfg.vocab_size).T, "DV"), dims="DV", contracted="D")
         self.head = None if cfg.tied_embeddings else draw_head()
 
     def init_state(self, batch_size: int, max_len: int) -> ModelState:
@@ -189,13 +200,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], ModelState | None, Aux]:
         """Returns what the head reads, the state, and what the feed-forward networks report, averaged over layers."""
-        # Its D is split among devices that have tokens of their own: as it is, each would look up the tokens of all.
-        embedding_VD = shard(self.embedding[...].astype(self.cfg.dtype), "Vd")
-        if jax.sharding.get_abstract_mesh().empty:
-            x_BTD = embedding_VD[tokens]
-        else:
-            x_BTD = embedding_VD.at[tokens].get(out_sharding=spec("BTD"))
-        x_BTD = self.cfg.embedding_scale * x_BTD
+        x_BTD = self.cfg.embedding_scale * self._embed(tokens)
 
         def walk(x_BTD, shared, layers):
             blocks, states = layers
@@ -223,6 +228,21 @@ class LanguageModel(nnx.Module):
         x_BTD, _, (tail, tail_aux) = walk(x_BTD, shared, (self.tail, state and state.tail))
         new_state = state and ModelState(prefix or [], periods or [], tail or [])
         return self.cfg.logits_scale * self.norm(x_BTD), new_state, _mean_aux([*prefix_aux, *periods_aux, *tail_aux])
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        def rows(table_VD, dims, tokens):
+            # D is split among devices that have tokens of their own: as it is, each would look up the tokens of all.
+            table_VD = shard(table_VD[...].astype(self.cfg.dtype), dims)
+            if jax.sharding.get_abstract_mesh().empty:
+                return table_VD[tokens]
+            return table_VD.at[tokens].get(out_sharding=spec("BTD"))
+
+        if self.meta is None:
+            return rows(self.embedding, "Vd", tokens)
+        last = self.cfg.vocab_size - 1
+        word_BTD = rows(self.embedding, "Vd", jnp.minimum(tokens, last))
+        meta_BTD = rows(self.meta, "vd", jnp.maximum(tokens - last - 1, 0))
+        return jnp.where(tokens[..., None] > last, meta_BTD, word_BTD)
 
     def head_DV(self) -> Float[Array, "D V"]:
         """Returns the matrix that gives logits, in the dtype of activations."""

@@ -53,7 +53,13 @@ def fit(cfg: TrainConfig) -> Path:
         open_run(cfg.run_dir, cfg, fresh=cfg.fresh) as folder,
     ):
         data = first_alone(
-            lambda: cfg.data.build(run_dir=folder.path, batch_size=cfg.batch_size, seq_len=cfg.seq_len, seed=cfg.seed)
+            lambda: cfg.data.build(
+                run_dir=folder.path,
+                batch_size=cfg.batch_size,
+                seq_len=cfg.seq_len,
+                seed=cfg.seed,
+                meta_tokens=cfg.model.meta_ids,
+            )
         )
         if data.tokenizer.vocab_size > cfg.model.vocab_size:
             raise ValueError(
@@ -159,7 +165,7 @@ class Run:
 
     def _say_where_it_starts(self) -> None:
         cfg = self.cfg
-        epochs = cfg.num_steps * cfg.batch_size * cfg.seq_len / self.data.num_train_targets
+        epochs = cfg.num_steps * cfg.batch_size * cfg.seq_len / self.data.num_train_slots
         console.print(
             f"{count(self.data.num_train_targets)} tokens to train on ({epochs:.2g} epochs), "
             f"{count(self.data.num_validation_targets)} held out; {devices_used()}"
@@ -307,7 +313,7 @@ class Interval:
             "seconds_per_step": seconds / len(steps),
             "tokens_per_second": tokens / seconds,
             "data_wait": self._waited / seconds,
-            "padding": 1 - tokens / self._slots,
+            "padding": 1 - tokens / self._slots,  # And meta tokens: what there is nothing to predict at.
         }
 
 

@@ -125,8 +125,9 @@ def make_eval_step(objective: Objective) -> Callable[[LanguageModel, Batch], tup
     def eval_step(model: LanguageModel, batch: Batch):
         nll_BT = objective.token_nll(model, batch)
         positions_BT, _ = document_positions(batch.segment_ids)
+        positions_BT = jnp.maximum(positions_BT - model.cfg.meta_tokens, 0)
         bins_BT = jnp.minimum(jnp.ceil(jnp.log2(positions_BT + 1.0)).astype(jnp.int32), POSITION_BINS - 1)
-        weights_BT = (batch.segment_ids > 0).astype(jnp.float32)
+        weights_BT = batch.is_target.astype(jnp.float32)
         is_bin = bins_BT[..., None] == jnp.arange(POSITION_BINS)
         total = lambda x_BT: jnp.sum(jnp.where(is_bin, x_BT[..., None], 0.0), axis=(0, 1))
         return total(nll_BT), total(weights_BT)
@@ -137,8 +138,9 @@ def make_eval_step(objective: Objective) -> Callable[[LanguageModel, Batch], tup
 @jax.jit
 def target_bytes(batch: Batch, token_bytes: Int[Array, "V"]) -> Int[Array, ""]:
     """Returns how many bytes of text the targets of a batch stand for, with the bytes of each token given."""
+    targets_BT = jnp.maximum(batch.targets, 0)
     if jax.sharding.get_abstract_mesh().empty:
-        bytes_BT = token_bytes[batch.targets]
+        bytes_BT = token_bytes[targets_BT]
     else:
-        bytes_BT = token_bytes.at[batch.targets].get(out_sharding=spec("BT"))
-    return jnp.sum(jnp.where(batch.segment_ids > 0, bytes_BT, 0))
+        bytes_BT = token_bytes.at[targets_BT].get(out_sharding=spec("BT"))
+    return jnp.sum(jnp.where(batch.is_target, bytes_BT, 0))

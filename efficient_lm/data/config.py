@@ -29,10 +29,13 @@ class DataConfig:
     cache_dir: str = ""
     """Where tokenised text is kept; empty: in the run folder."""
 
-    def build(self, *, run_dir: str | Path, batch_size: int, seq_len: int, seed: int) -> "Data":
+    def build(
+        self, *, run_dir: str | Path, batch_size: int, seq_len: int, seed: int, meta_tokens: Sequence[int] = ()
+    ) -> "Data":
         """Reads and tokenises everything that is not in the cache yet.
 
-        `batch_size` counts the rows of all hosts together.
+        `batch_size` counts the rows of all hosts together. `meta_tokens` are those that every document begins with:
+        `meta_ids` of the model's configuration.
 
         Raises:
           FileNotFoundError, ValueError: something is missing or is not what the configuration says; the message names
@@ -59,6 +62,7 @@ class DataConfig:
             batch_size=batch_size,
             seq_len=seq_len,
             seed=seed,
+            meta_tokens=meta_tokens,
         )
 
     def load_tokenizer(self, run_dir: str | Path) -> Tokenizer:
@@ -106,6 +110,7 @@ class Data:
     batch_size: int
     seq_len: int
     seed: int
+    meta_tokens: Sequence[int] = ()
 
     def train(self, rows: Sequence[int] | None = None) -> TrainIterator:
         """Returns the training batches from the start, of all rows or of those that this host feeds."""
@@ -117,6 +122,7 @@ class Data:
                 batch_size=self.batch_size,
                 seq_len=self.seq_len,
                 seed=self.seed,
+                meta_tokens=self.meta_tokens,
             ),
             batch_size=self.batch_size,
             document_mask=self.config.document_mask,
@@ -132,6 +138,7 @@ class Data:
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             document_mask=self.config.document_mask,
+            meta_tokens=self.meta_tokens,
         )
 
     def validation_documents(self) -> Iterator[bytes]:
@@ -142,6 +149,13 @@ class Data:
     def num_train_targets(self) -> int:
         """Returns the targets of an epoch over all sources."""
         return sum(corpus.num_targets for corpus in self.training)
+
+    @property
+    def num_train_slots(self) -> int:
+        """Returns about how many tokens of rows an epoch takes: its targets, and the meta tokens before them."""
+        num_meta, targets = len(self.meta_tokens), self.num_train_targets
+        num_pieces = sum(map(len, self.training)) + targets / (self.seq_len - num_meta)
+        return round(targets + num_meta * num_pieces)
 
     @property
     def num_validation_targets(self) -> int:

@@ -1,9 +1,14 @@
 """Documents one after another, cut into rows: every token is kept, and where a run stands is a few integers per row.
 
+Meta tokens (https://arxiv.org/abs/2411.13676) come before every document, and again where one goes on in the next row:
+whatever part of it a row holds begins with them. They are read and not predicted, so that every target is there once,
+and a position in the documents is the same with them and without.
+
 Row r of the global batch is a stream of its own. It takes the documents r, r + B, r + 2B, ... of each source's shuffled
 order (B rows), whichever host feeds it, so the batches do not depend on how many hosts there are.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,13 +21,17 @@ from efficient_lm.data.corpus import Corpus, digest
 type Piece = Integer[np.ndarray, "_"]  # A stretch of bos + document + eos: one more token than there are targets in it.
 
 
-def _fill_row(batch: Batch, row: int, next_piece: Callable[[int], Piece | None]) -> None:
-    """Fills a row. `next_piece(n)` goes on with the current document for at most n targets, or begins the next one."""
-    begin, segment, length = 0, 0, batch.tokens.shape[1]
-    while begin < length and (piece := next_piece(length - begin)) is not None:
-        end, segment = begin + len(piece) - 1, segment + 1
-        batch.tokens[row, begin:end] = piece[:-1]
-        batch.targets[row, begin:end] = piece[1:]
+def _fill_row(batch: Batch, row: int, next_piece: Callable[[int], Piece | None], meta_tokens: Sequence[int]) -> None:
+    """Fills a row. `next_piece(n)` goes on with the current document for at most n targets, or begins the next one.
+
+    Where there is no room for meta tokens and a target, padding is left.
+    """
+    begin, segment, length, num_meta = 0, 0, batch.tokens.shape[1], len(meta_tokens)
+    while begin + num_meta < length and (piece := next_piece(length - begin - num_meta)) is not None:
+        first, segment = begin + num_meta, segment + 1
+        end = first + len(piece) - 1
+        batch.tokens[row, begin:first], batch.targets[row, begin:first] = meta_tokens, -1
+        batch.tokens[row, first:end], batch.targets[row, first:end] = piece[:-1], piece[1:]
         batch.segment_ids[row, begin:end] = segment
         begin = end
 
@@ -53,6 +62,7 @@ class PackedRows:
         batch_size: int,
         seq_len: int,
         seed: int,
+        meta_tokens: Sequence[int] = (),
     ):
         self._corpora = corpora
         self._weights = np.array(weights, np.float64)
@@ -60,6 +70,7 @@ class PackedRows:
         self._batch_size = batch_size
         self._seq_len = seq_len
         self._seed = seed
+        self._meta_tokens = meta_tokens
         # A row enters each source's sequence of documents at random, or all rows would begin with the same source.
         mean_lengths = np.array([corpus.num_targets / len(corpus) for corpus in corpora])
         starts = [[_seed(seed, row, source, "head start") / 2**32 for source in range(len(corpora))] for row in rows]
@@ -76,7 +87,7 @@ class PackedRows:
     def __next__(self) -> Batch:
         batch = _empty_batch(len(self._rows), self._seq_len)
         for i in range(len(self._rows)):
-            _fill_row(batch, i, lambda size, i=i: self._next_piece(i, size))
+            _fill_row(batch, i, lambda size, i=i: self._next_piece(i, size), self._meta_tokens)
         return batch
 
     def _next_piece(self, i: int, size: int) -> Piece:
@@ -126,17 +137,25 @@ def _seed(*what: int | str) -> int:
 class ValidationBatches:
     """All documents once, one after another, cut into rows; the last batch is filled up with padding.
 
-    Global row n holds the targets from n * seq_len on, so a loss over all batches does not depend on the batch size.
+    A row goes on where the one before it ended, so a loss over all batches does not depend on the batch size.
     """
 
     def __init__(
-        self, corpora: Sequence[Corpus], *, rows: Sequence[int], batch_size: int, seq_len: int, document_mask: bool
+        self,
+        corpora: Sequence[Corpus],
+        *,
+        rows: Sequence[int],
+        batch_size: int,
+        seq_len: int,
+        document_mask: bool,
+        meta_tokens: Sequence[int] = (),
     ):
         self._corpora = corpora
         self._rows = rows
         self._batch_size = batch_size
         self._seq_len = seq_len
         self._document_mask = document_mask
+        self._meta_tokens = meta_tokens
         # In the order of their digests: the first batches are a fair sample of all sources.
         keys = np.concatenate([corpus.digests for corpus in corpora])
         order = np.argsort(keys, kind="stable")
@@ -145,19 +164,35 @@ class ValidationBatches:
         self._ends = np.cumsum(np.concatenate([corpus.lengths for corpus in corpora])[order] + 1)
 
     def __len__(self) -> int:
-        return -(-int(self._ends[-1]) // (self._batch_size * self._seq_len))
+        return -(-sum(1 for _ in self._row_starts()) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self) * self._batch_size, self._batch_size):
+        for starts in itertools.batched(self._row_starts(), self._batch_size):
             batch = _empty_batch(len(self._rows), self._seq_len)
             for i, row in enumerate(self._rows):
-                _fill_row(batch, i, self._pieces_from((first + row) * self._seq_len))
+                if row < len(starts):
+                    _fill_row(batch, i, self._pieces_from(starts[row]), self._meta_tokens)
             yield batch if self._document_mask else see_each_other(batch)
 
     def contents(self) -> Iterator[Integer[np.ndarray, "_"]]:
         """Yields the tokens of the documents, in order."""
         for source, document in zip(self._source, self._document, strict=True):
             yield self._corpora[source].content(int(document))
+
+    def _row_starts(self) -> Iterator[int]:
+        """Yields which of all targets each row begins with."""
+        num_meta, ends, position = len(self._meta_tokens), self._ends, 0
+        # Where documents would end if they lay in one long row.
+        slots = ends + num_meta * np.arange(1, len(ends) + 1)
+        while position < ends[-1]:
+            yield position
+            going_on = int(np.searchsorted(ends, position, side="right"))
+            past = position + num_meta * going_on  # The same of the slots before this row.
+            num_ended = int(np.searchsorted(slots, past + self._seq_len, side="right"))
+            room = self._seq_len
+            if num_ended > going_on:
+                position, room = int(ends[num_ended - 1]), room - int(slots[num_ended - 1]) + past
+            position += max(room - num_meta, 0)
 
     def _pieces_from(self, position: int) -> Callable[[int], Piece | None]:
         def next_piece(size: int) -> Piece | None:

@@ -26,4 +26,4 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def token_nll(self, model: LanguageModel, batch: Batch) -> Float[Array, "B T"]:
-        """Returns how many nats each target costs, 0 at padding; for evaluation."""
+        """Returns how many nats each target costs, 0 where there is none; for evaluation."""

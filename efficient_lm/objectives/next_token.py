@@ -28,8 +28,8 @@ class NextToken(Objective):
     def __call__(self, model: LanguageModel, batch: Batch) -> tuple[Float[Array, ""], Sums]:
         x_BTD, _, aux = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
         loss_BT, lse_BT = _head_loss(model, x_BTD, batch, self.cfg.z_loss)
-        tokens = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
-        z_loss = self.cfg.z_loss * jnp.sum(jnp.where(batch.segment_ids > 0, jnp.square(lse_BT), 0.0))
+        tokens = jnp.sum(batch.is_target).astype(jnp.float32)
+        z_loss = self.cfg.z_loss * jnp.sum(jnp.where(batch.is_target, jnp.square(lse_BT), 0.0))
         # What feed-forward networks report per token, such as the balance of experts, counts once per token.
         reported = {name: value * tokens for name, value in aux.items()}
         loss = jnp.sum(loss_BT) + sum(value for name, value in reported.items() if name.endswith("_loss"))
@@ -43,11 +43,10 @@ class NextToken(Objective):
 def _head_loss(
     model: LanguageModel, x_BTD: Float[Array, "B T D"], batch: Batch, z_loss: float
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    def op(x, w, targets, segment_ids):
-        weights_BT = (segment_ids > 0).astype(jnp.float32)
+    def op(x, w, targets, weights_BT):
         options = {"z_loss": z_loss, "soft_cap": model.cfg.logits_soft_cap}
         return kernels.linear_cross_entropy(x, w, targets, weights=weights_BT, **options)
 
     # Every device needs the whole head for its own tokens.
     run = per_shard(op, "BTD,,BT,BT", "BT,BT", split_tokens=True)
-    return run(x_BTD, shard(model.head_DV(), ""), batch.targets, batch.segment_ids)
+    return run(x_BTD, shard(model.head_DV(), ""), batch.targets, batch.is_target.astype(jnp.float32))

@@ -110,12 +110,13 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields `[B, <= tokens_at_once]` new tokens at a time, as they are made.
 
-    A row ends with the first of `stop_tokens`, which is included; -1 follows it. Ends when all rows have, or after
-    `cfg.max_tokens`.
+    The model's meta tokens, if it has any, come before every prompt. A row ends with the first of `stop_tokens`, which
+    is included; -1 follows it. Ends when all rows have, or after `cfg.max_tokens`.
     """
-    tokens_BT, segment_ids_BT = pad_prompts(prompts)
+    tokens_BT, _ = pad_prompts(prompts)
     if tokens_BT.max() >= model.cfg.vocab_size:
         raise ValueError(f"a prompt has token {tokens_BT.max()}, the model knows 0..{model.cfg.vocab_size - 1}")
+    tokens_BT, segment_ids_BT = pad_prompts([[*model.cfg.meta_ids, *prompt] for prompt in prompts])
     # Whole chunks only: one program serves all of them, and the last one may write past max_tokens.
     num_chunks = -(-cfg.max_tokens // tokens_at_once)
     max_len = tokens_BT.shape[1] + num_chunks * tokens_at_once

@@ -31,13 +31,13 @@ def write_jsonl(path, documents):
 def build(tmp_path):
     """Builds the data of lists of documents, one list per source."""
 
-    def build(*sources, weights=(), batch_size=4, seq_len=16, seed=0, run="run", **config):
+    def build(*sources, weights=(), batch_size=4, seq_len=16, seed=0, meta_tokens=(), run="run", **config):
         configs = [write_jsonl(tmp_path / f"{run}{n}.jsonl", documents) for n, documents in enumerate(sources)]
         if weights:
             configs = [dataclasses.replace(c, weight=w) for c, w in zip(configs, weights, strict=True)]
         config = {"tokenizer": BytesConfig(), "validation_fraction": 0.2} | config
         return DataConfig(sources=tuple(configs), **config).build(
-            run_dir=tmp_path / run, batch_size=batch_size, seq_len=seq_len, seed=seed
+            run_dir=tmp_path / run, batch_size=batch_size, seq_len=seq_len, seed=seed, meta_tokens=meta_tokens
         )
 
     return build

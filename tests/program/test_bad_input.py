@@ -24,6 +24,7 @@ ARGUMENTS = {
     "batch and accumulation": (["--grad-accumulation", "3"], ["batch_size=4", "grad_accumulation=3"]),
     "letter without a block": (["--model.pattern", "M X"], ["'X'", "M, A"]),
     "vocabulary too small": (["--model.vocab-size", "100"], ["258", "vocab_size=100", "--model.vocab-size"]),
+    "row too short": (["--model.meta-tokens", "32"], ["seq_len=32", "meta_tokens=32"]),
     "value heads": (
         ["--model.blocks.M.mixer.num-heads", "3", "--model.blocks.M.mixer.num-key-heads", "2"],
         ["num_heads=3", "num_key_heads=2"],
