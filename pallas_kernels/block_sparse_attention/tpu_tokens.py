@@ -27,8 +27,8 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
 _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
-_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 512
-# Queries that a stage takes.
+_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 1024
+# Queries of a part, which all chose the same block.
 _TOGETHER = 8
 # Of VMEM for the queries of a tile, the gradients of keys beside them; and ids of a tile, which lie in SMEM.
 _FORWARD_BYTES, _BACKWARD_BYTES, _MAX_IDS = 44 * 2**20, 26 * 2**20, 2**15
@@ -101,7 +101,7 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
+def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
     G, L, tile = q.shape[1], k.shape[1], pl.program_id(2)
 
     @pl.when(tile == 0)
@@ -110,37 +110,35 @@ def _forward_kernel(scale, lists, tokens, starts, first, span, k, v, places, q, 
         sum_RL[...] = jnp.zeros_like(sum_RL)
         o_RP[...] = jnp.zeros_like(o_RP)
 
-    @pl.loop(0, lists.blocks_per_tile)
-    def _(c):
-        block = tile * lists.blocks_per_tile + c
-        start, end = starts[0, block], starts[0, block + 1]
-        k_LH, v_LP = k[c], v[c]
-        places_GL = jnp.broadcast_to(places[c], (G, L))
+    def score(part):
+        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
+        part.first = [first[0, t] for t in part.queries]
+        part.span = [span[0, t] for t in part.queries]
+        places_GL = jnp.broadcast_to(places[part.block], (G, L))
+        part.scores, part.max = [], []
+        for w in range(len(part.queries)):
+            is_seen_GL = places_GL - part.first[w] <= part.span[w]
+            part.scores.append(jnp.where(is_seen_GL, part.scores_RL[w * G : (w + 1) * G], _MASKED))
+            part.max.append(jnp.max(part.scores[w], axis=1, keepdims=True))
 
-        @pl.loop(0, pl.cdiv(end - start, lists.gathered))
-        def _(n):
-            def read(part):
-                part.scores_RL = scale * lists.dot(part.gather(q), k_LH, (1, 1))
-                part.max, part.sum = part.read(max_RL), part.read(sum_RL)
+    def weigh(part):
+        part.p, part.shrink = [], []
+        old = [max_RL[rows] for rows in part.rows]
+        for scores_GL, max_G1, old_GL, rows in zip(part.scores, part.max, old, part.rows, strict=True):
+            new_GL = jnp.maximum(old_GL, max_G1)
+            max_RL[rows] = new_GL
+            part.shrink.append(jnp.exp2(old_GL - new_GL))
+            part.p.append(jnp.exp2(scores_GL - widen(new_GL, L)))
+        p_RL = jnp.concatenate(part.p, axis=0).astype(v.dtype)
+        part.values_RP = lists.dot(p_RL, v[part.block], (1, 0))
 
-            def weigh(part):
-                part.shrink, p = [], []
-                for w, (t, old_GL, sum_GL) in enumerate(zip(part.queries, part.max, part.sum, strict=True)):
-                    is_seen_GL = places_GL - first[0, t] <= span[0, t]
-                    scores_GL = jnp.where(is_seen_GL, part.scores_RL[w * G : (w + 1) * G], _MASKED)
-                    new_GL = jnp.maximum(old_GL, jnp.max(scores_GL, axis=1, keepdims=True))
-                    p.append(jnp.exp2(scores_GL - widen(new_GL, L)))
-                    part.shrink.append(jnp.exp2(old_GL - new_GL))
-                    max_RL[part.rows[w]] = new_GL
-                    sum_RL[part.rows[w]] = widen(part.shrink[w], L) * sum_GL + p[w]
-                part.o = part.read(o_RP)
-                part.values_RP = lists.dot(jnp.concatenate(p, axis=0).astype(v_LP.dtype), v_LP, (1, 0))
+    def add(part):
+        old = [(sum_RL[rows], o_RP[rows]) for rows in part.rows]
+        for w, (rows, (sum_GL, o_GP)) in enumerate(zip(part.rows, old, strict=True)):
+            sum_RL[rows] = widen(part.shrink[w], L) * sum_GL + part.p[w]
+            o_RP[rows] = widen(part.shrink[w], o_GP.shape[1]) * o_GP + part.values_RP[w * G : (w + 1) * G]
 
-            def add(part):
-                for w, (o_GP, shrink_GL) in enumerate(zip(part.o, part.shrink, strict=True)):
-                    o_RP[part.rows[w]] = widen(shrink_GL, o_GP.shape[1]) * o_GP + part.values_RP[w * G : (w + 1) * G]
-
-            lists.for_parts(start + n * lists.gathered, end, tokens, read, weigh, add)
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
@@ -158,7 +156,7 @@ def _forward_kernel(scale, lists, tokens, starts, first, span, k, v, places, q, 
 
 
 def _backward_kernel(
-    scale, lists, tokens, starts, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
+    scale, lists, tokens, starts, chosen, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
 ):
     lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
     G, L, (x, i, tile) = q.shape[1], k.shape[1], (pl.program_id(axis) for axis in range(3))
@@ -179,47 +177,33 @@ def _backward_kernel(
             dk_SH[...] = jnp.zeros_like(dk_SH)
             dv_SP[...] = jnp.zeros_like(dv_SP)
 
-    @pl.loop(0, lists.blocks_per_tile)
-    def _(c):
-        block = tile * lists.blocks_per_tile + c
-        start, end = starts[0, block], starts[0, block + 1]
-        k_LH, v_LP = k[c], v[c]
-        places_GL = jnp.broadcast_to(places[c], (G, L))
-        of_block = pl.ds(pl.multiple_of(block * L, L), L)
+    def score(part):
+        part.q_RH, part.do_RP = part.gather(q), part.gather(do)
+        part.scores_RL = scale * _LOG2_E * lists.dot(part.q_RH, k[part.block], (1, 1))
+        part.dp_RL = lists.dot(part.do_RP, v[part.block], (1, 1))
 
-        @pl.loop(0, pl.cdiv(end - start, lists.gathered))
-        def _(n):
-            parts = []
+    def weigh(part):
+        places_GL = jnp.broadcast_to(places[part.block], (G, L))
+        p, ds = [], []
+        for w, (t, at) in enumerate(zip(part.queries, part.rows, strict=True)):
+            rows = slice(w * G, (w + 1) * G)
+            is_seen_GL = places_GL - first[0, t] <= span[0, t]
+            scores_GL = jnp.where(is_seen_GL, part.scores_RL[rows], _MASKED)
+            p.append(jnp.exp2(scores_GL - widen(lse_RL[at], L)))
+            ds.append(p[w] * (part.dp_RL[rows] - widen(shift_RL[at], L)))
+        p_RL, ds_RL = (jnp.concatenate(a, axis=0).astype(k.dtype) for a in (p, ds))
+        part.dq_RH = lists.dot(ds_RL, k[part.block], (1, 0))
+        part.dk_LH = lists.dot(ds_RL, part.q_RH, (0, 0))
+        part.dv_LP = lists.dot(p_RL, part.do_RP, (0, 0))
 
-            def read(part):
-                part.q_RH, part.do_RP = part.gather(q), part.gather(do)
-                part.scores_RL = scale * _LOG2_E * lists.dot(part.q_RH, k_LH, (1, 1))
-                part.dp_RL = lists.dot(part.do_RP, v_LP, (1, 1))
+    def add(part):
+        for w, rows in enumerate(part.rows):
+            dq_RH[rows] += part.dq_RH[w * G : (w + 1) * G]
+        of_block = pl.ds(pl.multiple_of((tile * lists.blocks_per_tile + part.block) * L, L), L)
+        dk_SH[of_block] += part.dk_LH
+        dv_SP[of_block] += part.dv_LP
 
-            def weigh(part):
-                p, ds = [], []
-                for w, t in enumerate(part.queries):
-                    rows = slice(w * G, (w + 1) * G)
-                    is_seen_GL = places_GL - first[0, t] <= span[0, t]
-                    scores_GL = jnp.where(is_seen_GL, part.scores_RL[rows], _MASKED)
-                    p.append(jnp.exp2(scores_GL - widen(lse_RL[part.rows[w]], L)))
-                    ds.append(p[w] * (part.dp_RL[rows] - widen(shift_RL[part.rows[w]], L)))
-                part.p_RL, part.ds_RL = (jnp.concatenate(a, axis=0).astype(k_LH.dtype) for a in (p, ds))
-                part.dq = part.read(dq_RH)
-                part.dq_RH = lists.dot(part.ds_RL, k_LH, (1, 0))
-                parts.append(part)
-
-            def add(part):
-                for w, dq_GH in enumerate(part.dq):
-                    dq_RH[part.rows[w]] = dq_GH + part.dq_RH[w * G : (w + 1) * G]
-
-            lists.for_parts(start + n * lists.gathered, end, tokens, read, weigh, add)
-            ds_RL, q_RH, p_RL, do_RP = (
-                jnp.concatenate([getattr(part, name) for part in parts], axis=0)
-                for name in ("ds_RL", "q_RH", "p_RL", "do_RP")
-            )
-            dk_SH[of_block] += lists.dot(ds_RL, q_RH, (0, 0))
-            dv_SP[of_block] += lists.dot(p_RL, do_RP, (0, 0))
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
@@ -237,9 +221,10 @@ def _backward_kernel(
 class _Part:
     """Some queries that chose a block; beyond its list, one that sees nothing, and whose results nothing reads."""
 
-    def __init__(self, lists, start, end, tokens):
+    def __init__(self, lists, block, start, end, tokens):
         G = lists.G
         places = [start + w for w in range(_TOGETHER)]
+        self.block = block
         self.queries = [jnp.where(at < end, tokens[0, at], lists.queries) for at in places]
         self.rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self.queries]
         self._last = lists.queries
@@ -247,9 +232,6 @@ class _Part:
     def gather(self, ref):
         # A tile's first query is one of the row, its last one may be beyond.
         return jnp.concatenate([ref[jnp.where(t < self._last, t, 0)] for t in self.queries], axis=0)
-
-    def read(self, ref):
-        return [ref[rows] for rows in self.rows]
 
 
 class _Lists:
@@ -261,7 +243,7 @@ class _Lists:
         self.G = self.N // K + -(self.N // K) % _TILE
         most_queries = min(most_queries, most_rows // self.G, _MAX_IDS // J)
         self.queries = min(max(most_queries // 8, 1) * 8, T + -T % 8)
-        self.gathered = max(1, _GATHERED // self.G // _TOGETHER) * _TOGETHER
+        self.parts = max(1, _GATHERED // self.G // _TOGETHER)
         self.rows = (self.queries + 1) * self.G
         self.blocks_per_tile = max(1, min(_KEYS, S) // L)
         num_tiles, num_key_tiles = pl.cdiv(T, self.queries), pl.cdiv(S, self.blocks_per_tile * L)
@@ -273,12 +255,16 @@ class _Lists:
         ids_XITJ = jnp.where(ids_XITJ < 0, self.num_blocks, ids_XITJ)
         pairs_XITJ = ids_XITJ * self.queries + jnp.arange(self.queries, dtype=jnp.int32)[:, None]
         pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3) % self.queries
-        # Whole batches are read.
-        self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, self.gathered)))
+        # Whole parts are read.
+        self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, _TOGETHER)))
         is_before = (
             ids_XITJ.reshape(B * K, num_tiles, 1, -1) < jnp.arange(self.num_blocks + 1, dtype=jnp.int32)[:, None]
         )
         self._starts = jnp.sum(is_before, axis=3, dtype=jnp.int32)[:, :, None]
+        # From each block on, the first that any query chose.
+        is_chosen_XI1C = jnp.diff(self._starts, axis=3, append=self._starts[..., -1:] + 1) > 0
+        blocks = jnp.arange(self.num_blocks + 1, dtype=jnp.int32)
+        self._chosen = jax.lax.cummin(jnp.where(is_chosen_XI1C, blocks, self.num_blocks), axis=3, reverse=True)
         self._precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def specs(self, H: int, P: int) -> list[pl.BlockSpec]:
@@ -289,7 +275,7 @@ class _Lists:
         )
         of_keys = lambda width: pl.BlockSpec((None, C, L, width), lambda x, i, c: (x, c, 0, 0))
         return [
-            *(scalars(a.shape[3], lambda x: x) for a in (self._tokens, self._starts)),
+            *(scalars(a.shape[3], lambda x: x) for a in (self._tokens, self._starts, self._chosen)),
             *[scalars(self.queries + 1, row)] * 2,
             of_keys(H),
             of_keys(P),
@@ -313,6 +299,7 @@ class _Lists:
         return [
             self._tokens,
             self._starts,
+            self._chosen,
             of_queries(first_BS, NOWHERE),
             of_queries(wrap(last_BS - first_BS), wrap(0)),
             *(a.reshape(a.shape[0], -1, L, a.shape[2]) for a in blocks),
@@ -345,16 +332,34 @@ class _Lists:
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
-    def for_parts(self, start, end, tokens, *stages) -> None:
-        """Takes a batch of queries, some at a time, through the stages.
+    def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
+        """Takes all who chose a block of a tile of keys, part by part, through the stages.
 
-        Each is a stage behind the one before: what it reads of sums must not wait for what another writes to them.
+        Several parts are taken at a time, each a stage behind the one before. A query may be in two of them, so an
+        array that a stage writes is no other stage's: its parts then come one after the other.
         """
-        parts = [_Part(self, start + w, end, tokens) for w in range(0, self.gathered, _TOGETHER)]
-        for i in range(len(parts) + len(stages) - 1):
-            for late, stage in enumerate(stages):
-                if 0 <= i - late < len(parts):
-                    stage(parts[i - late])
+        first = key_tile * self.blocks_per_tile
+        beyond = first + self.blocks_per_tile
+
+        def next_part(block, start):
+            known = jnp.minimum(block, beyond - 1)
+            end = jnp.where(block < beyond, starts[0, known + 1], 0)
+            part = _Part(self, known - first, start, end, tokens)
+            is_last = start + _TOGETHER >= end
+            return part, jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
+
+        def take(at):
+            parts = []
+            for _ in range(self.parts):
+                part, *at = next_part(*at)
+                parts.append(part)
+            for i in range(len(parts) + len(stages) - 1):
+                for late, stage in enumerate(stages):
+                    if 0 <= i - late < len(parts):
+                        stage(parts[i - late])
+            return tuple(at)
+
+        jax.lax.while_loop(lambda at: at[0] < beyond, take, (chosen[0, first], starts[0, first]))
 
     def dot(self, a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
         dims = (((contracted[0],), (contracted[1],)), ((), ()))
