@@ -40,7 +40,8 @@ def forward(options, q, k, v, block_ids, segment_ids):
     """Returns o and lse, `[B T N]`."""
     (B, T, N, H), K, P, L = q.shape, k.shape[2], v.shape[3], options.block_size
     # Blocks of q and o, of which there are two each, and what the softmaxes have summed up.
-    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + lanes(L) + lanes(P))
+    W = lanes(L)
+    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + W + lanes(P))
     lists = _Lists(options, q, k, block_ids, _FORWARD_QUERIES, _FORWARD_BYTES // row_bytes)
     o, lse = pl.pallas_call(
         functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
@@ -49,7 +50,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
         in_specs=[*lists.specs(H, P), lists.of_queries(H)],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, L, P)],
+        scratch_shapes=[lists.seen(), *(pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, W, P))],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -79,6 +80,7 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
             jax.ShapeDtypeStruct((B * K, S, P), jnp.float32),
         ],
         scratch_shapes=[
+            lists.seen(),
             pltpu.VMEM((lists.rows, LANES), jnp.float32),
             pltpu.VMEM((lists.rows, LANES), jnp.float32),
             pltpu.VMEM((lists.rows, H), jnp.float32),
@@ -101,41 +103,44 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
-    G, L, tile = q.shape[1], k.shape[1], pl.program_id(2)
+def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, *scratch):
+    seen, max_RL, sum_RW, o_RP = scratch
+    G, L, W, tile = q.shape[1], k.shape[1], places.shape[2], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
         max_RL[...] = jnp.full_like(max_RL, _START)
-        sum_RL[...] = jnp.zeros_like(sum_RL)
+        sum_RW[...] = jnp.zeros_like(sum_RW)
         o_RP[...] = jnp.zeros_like(o_RP)
+        lists.see(seen, first, span)
 
     def score(part):
-        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
-        part.first = [first[0, t] for t in part.queries]
-        part.span = [span[0, t] for t in part.queries]
-        places_GL = jnp.broadcast_to(places[part.block], (G, L))
-        part.scores, part.max = [], []
-        for w in range(len(part.queries)):
-            is_seen_GL = places_GL - part.first[w] <= part.span[w]
-            part.scores.append(jnp.where(is_seen_GL, part.scores_RL[w * G : (w + 1) * G], _MASKED))
-            part.max.append(jnp.max(part.scores[w], axis=1, keepdims=True))
+        k_LH = k[part.block]
+        # Keys of a block once more where they do not fill the lanes. None sees those.
+        k_WH = jnp.concatenate([k_LH] * pl.cdiv(W, L), axis=0)[:W]
+        scores_RW = scale * lists.dot(part.gather(q), k_WH, (1, 1))
+        places_1W = places[part.block]
+        part.scores = [
+            jnp.where(lists.sees(seen, t, places_1W), scores_RW[w * G : (w + 1) * G], _MASKED)
+            for w, t in enumerate(part.gathered)
+        ]
+        part.max = [jnp.max(scores_GW, axis=1, keepdims=True) for scores_GW in part.scores]
 
     def weigh(part):
         part.p, part.shrink = [], []
         old = [max_RL[rows] for rows in part.rows]
-        for scores_GL, max_G1, old_GL, rows in zip(part.scores, part.max, old, part.rows, strict=True):
+        for scores_GW, max_G1, old_GL, rows in zip(part.scores, part.max, old, part.rows, strict=True):
             new_GL = jnp.maximum(old_GL, max_G1)
             max_RL[rows] = new_GL
             part.shrink.append(jnp.exp2(old_GL - new_GL))
-            part.p.append(jnp.exp2(scores_GL - widen(new_GL, L)))
-        p_RL = jnp.concatenate(part.p, axis=0).astype(v.dtype)
+            part.p.append(jnp.exp2(scores_GW - widen(new_GL, W)))
+        p_RL = jnp.concatenate(part.p, axis=0)[:, :L].astype(v.dtype)
         part.values_RP = lists.dot(p_RL, v[part.block], (1, 0))
 
     def add(part):
-        old = [(sum_RL[rows], o_RP[rows]) for rows in part.rows]
-        for w, (rows, (sum_GL, o_GP)) in enumerate(zip(part.rows, old, strict=True)):
-            sum_RL[rows] = widen(part.shrink[w], L) * sum_GL + part.p[w]
+        old = [(sum_RW[rows], o_RP[rows]) for rows in part.rows]
+        for w, (rows, (sum_GW, o_GP)) in enumerate(zip(part.rows, old, strict=True)):
+            sum_RW[rows] = widen(part.shrink[w], W) * sum_GW + part.p[w]
             o_RP[rows] = widen(part.shrink[w], o_GP.shape[1]) * o_GP + part.values_RP[w * G : (w + 1) * G]
 
     lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
@@ -145,7 +150,7 @@ def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, pla
         @pl.loop(0, lists.queries // 8)
         def _(n):
             rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            sums_R1 = jnp.sum(sum_RL[rows], axis=1, keepdims=True)
+            sums_R1 = jnp.sum(sum_RW[rows], axis=1, keepdims=True)
             sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
             is_blind_RL = sums_RL == 0
             sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
@@ -158,14 +163,16 @@ def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, pla
 def _backward_kernel(
     scale, lists, tokens, starts, chosen, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
 ):
-    lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
+    seen, lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
     G, L, (x, i, tile) = q.shape[1], k.shape[1], (pl.program_id(axis) for axis in range(3))
 
     @pl.when(tile == 0)
     def _():
         dq_RH[...] = jnp.zeros_like(dq_RH)
-        for numbers_1R, columns_RL in ((lse_1R, lse_RL), (shift_1R, shift_RL)):
-            columns_RL[lists.rows - G :] = jnp.zeros((G, LANES), jnp.float32)
+        lists.see(seen, first, span)
+        # Of a part's rest, whose rows are another query's, the weights are none.
+        for numbers_1R, columns_RL, rest in ((lse_1R, lse_RL, -_MASKED), (shift_1R, shift_RL, 0)):
+            columns_RL[lists.rows - G :] = jnp.full((G, LANES), rest, jnp.float32)
 
             @pl.loop(0, lists.queries // 8)
             def _(n, numbers_1R=numbers_1R, columns_RL=columns_RL):
@@ -183,12 +190,11 @@ def _backward_kernel(
         part.dp_RL = lists.dot(part.do_RP, v[part.block], (1, 1))
 
     def weigh(part):
-        places_GL = jnp.broadcast_to(places[part.block], (G, L))
+        places_1L = places[part.block][:, :L]
         p, ds = [], []
-        for w, (t, at) in enumerate(zip(part.queries, part.rows, strict=True)):
+        for w, (t, at) in enumerate(zip(part.gathered, part.rows, strict=True)):
             rows = slice(w * G, (w + 1) * G)
-            is_seen_GL = places_GL - first[0, t] <= span[0, t]
-            scores_GL = jnp.where(is_seen_GL, part.scores_RL[rows], _MASKED)
+            scores_GL = jnp.where(lists.sees(seen, t, places_1L), part.scores_RL[rows], _MASKED)
             p.append(jnp.exp2(scores_GL - widen(lse_RL[at], L)))
             ds.append(p[w] * (part.dp_RL[rows] - widen(shift_RL[at], L)))
         p_RL, ds_RL = (jnp.concatenate(a, axis=0).astype(k.dtype) for a in (p, ds))
@@ -222,16 +228,17 @@ class _Part:
     """Some queries that chose a block; beyond its list, one that sees nothing, and whose results nothing reads."""
 
     def __init__(self, lists, block, start, end, tokens):
-        G = lists.G
-        places = [start + w for w in range(_TOGETHER)]
+        G, num_left = lists.G, end - start
+        tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
+        tokens = [(tokens[w], w < num_left) for w in range(_TOGETHER)]
         self.block = block
-        self.queries = [jnp.where(at < end, tokens[0, at], lists.queries) for at in places]
+        self.queries = [jnp.where(is_there, t, lists.queries) for t, is_there in tokens]
         self.rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self.queries]
-        self._last = lists.queries
+        # A tile's first query is one of the row, its last one may be beyond.
+        self.gathered = [jnp.where(is_there, t, 0) for t, is_there in tokens]
 
     def gather(self, ref):
-        # A tile's first query is one of the row, its last one may be beyond.
-        return jnp.concatenate([ref[jnp.where(t < self._last, t, 0)] for t in self.queries], axis=0)
+        return jnp.concatenate([ref[t] for t in self.gathered], axis=0)
 
 
 class _Lists:
@@ -257,10 +264,8 @@ class _Lists:
         pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3) % self.queries
         # Whole parts are read.
         self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, _TOGETHER)))
-        is_before = (
-            ids_XITJ.reshape(B * K, num_tiles, 1, -1) < jnp.arange(self.num_blocks + 1, dtype=jnp.int32)[:, None]
-        )
-        self._starts = jnp.sum(is_before, axis=3, dtype=jnp.int32)[:, :, None]
+        counts_XIC = _counts(ids_XITJ.reshape(B * K, num_tiles, -1), self.num_blocks)
+        self._starts = jnp.pad(jnp.cumsum(counts_XIC, axis=2), ((0, 0), (0, 0), (1, 0)))[:, :, None]
         # From each block on, the first that any query chose.
         is_chosen_XI1C = jnp.diff(self._starts, axis=3, append=self._starts[..., -1:] + 1) > 0
         blocks = jnp.arange(self.num_blocks + 1, dtype=jnp.int32)
@@ -279,7 +284,7 @@ class _Lists:
             *[scalars(self.queries + 1, row)] * 2,
             of_keys(H),
             of_keys(P),
-            pl.BlockSpec((None, C, 1, L), lambda x, i, c: (row(x), c, 0, 0)),
+            pl.BlockSpec((None, C, 1, lanes(L)), lambda x, i, c: (row(x), c, 0, 0)),
         ]
 
     def arrays(self, k, v, segment_ids, at: slice = slice(0, None)) -> list[jax.Array]:
@@ -296,6 +301,8 @@ class _Lists:
             return jnp.pad(a_BI1T, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=fill)
 
         blocks = (key_blocks(a, self.blocks_per_tile * L) for a in (k, v))
+        places_BC1L = keys_BS.reshape(self.B, -1, 1, L)
+        missing = lanes(L) - L
         return [
             self._tokens,
             self._starts,
@@ -303,7 +310,7 @@ class _Lists:
             of_queries(first_BS, NOWHERE),
             of_queries(wrap(last_BS - first_BS), wrap(0)),
             *(a.reshape(a.shape[0], -1, L, a.shape[2]) for a in blocks),
-            wrap(keys_BS.reshape(self.B, -1, 1, L)),
+            wrap(jnp.pad(places_BC1L, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=NEVER)),
         ]
 
     def of_queries(self, width: int) -> pl.BlockSpec:
@@ -331,6 +338,24 @@ class _Lists:
         a_BTKG = self.fill_heads(a_BTN[..., None]).reshape(self.B, self.T, self.K, self.G)
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
+
+    def seen(self):
+        """Returns the memory for what each query of a tile sees."""
+        return pltpu.VMEM((self.queries, 8, LANES), jnp.int32)
+
+    def see(self, seen, first, span) -> None:
+        is_first = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == 0
+
+        @pl.loop(0, self.queries // 8)
+        def _(n):
+            for w in range(8):
+                t = n * 8 + w
+                seen[t] = jnp.where(is_first, first[0, t], span[0, t])
+
+    def sees(self, seen, t, places_1L: jax.Array) -> jax.Array:
+        """Returns whether query t sees each of the places: `[G L]`."""
+        row = lambda n: widen(seen[t, n : n + 1], places_1L.shape[1])
+        return jnp.broadcast_to(places_1L - row(0) <= row(1), (self.G, places_1L.shape[1]))
 
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
@@ -364,3 +389,19 @@ class _Lists:
     def dot(self, a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
         dims = (((contracted[0],), (contracted[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dims, precision=self._precision, preferred_element_type=jnp.float32)
+
+
+def _counts(ids_XIM: jax.Array, num_blocks: int) -> jax.Array:
+    """Returns how often each of the blocks is in a list, `[X I num_blocks]`.
+
+    A product of matrices: comparing each id with each block would cost more than all else around the kernels.
+    """
+    low = math.isqrt(num_blocks) + 1
+    of_digit = lambda digits, size: (digits[..., None] == jnp.arange(size)).astype(jnp.bfloat16)
+    counts = jnp.einsum(
+        "ximh,ximl->xihl",
+        of_digit(ids_XIM // low, num_blocks // low + 1),
+        of_digit(ids_XIM % low, low),
+        preferred_element_type=jnp.float32,
+    )
+    return counts.reshape(*ids_XIM.shape[:2], -1)[..., :num_blocks].astype(jnp.int32)
