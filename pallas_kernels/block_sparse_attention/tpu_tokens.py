@@ -50,7 +50,12 @@ def forward(options, q, k, v, block_ids, segment_ids):
         in_specs=[*lists.specs(H, P), lists.of_queries(H)],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[lists.seen(), *(pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, W, P))],
+        scratch_shapes=[
+            lists.seen(),
+            lists.pending(),
+            pltpu.VMEM((lists.parts * _TOGETHER * lists.G, W), jnp.float32),
+            *(pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, W, P)),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -104,7 +109,7 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
 
 
 def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, *scratch):
-    seen, max_RL, sum_RW, o_RP = scratch
+    seen, pending, scores_RW, max_RL, sum_RW, o_RP = scratch
     G, L, W, tile = q.shape[1], k.shape[1], places.shape[2], pl.program_id(2)
 
     @pl.when(tile == 0)
@@ -118,32 +123,25 @@ def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, pla
         k_LH = k[part.block]
         # Keys of a block once more where they do not fill the lanes. None sees those.
         k_WH = jnp.concatenate([k_LH] * pl.cdiv(W, L), axis=0)[:W]
-        scores_RW = scale * lists.dot(part.gather(q), k_WH, (1, 1))
-        places_1W = places[part.block]
-        part.scores = [
-            jnp.where(lists.sees(seen, t, places_1W), scores_RW[w * G : (w + 1) * G], _MASKED)
-            for w, t in enumerate(part.gathered)
-        ]
-        part.max = [jnp.max(scores_GW, axis=1, keepdims=True) for scores_GW in part.scores]
+        products_RW = scale * lists.dot(part.gather(q), k_WH, (1, 1))
+        for w, is_seen_GW in enumerate(part.sees(seen, places[part.block])):
+            scores_RW[part.at(w)] = jnp.where(is_seen_GW, products_RW[w * G : (w + 1) * G], _MASKED)
 
-    def weigh(part):
-        part.p, part.shrink = [], []
-        old = [max_RL[rows] for rows in part.rows]
-        for scores_GW, max_G1, old_GL, rows in zip(part.scores, part.max, old, part.rows, strict=True):
-            new_GL = jnp.maximum(old_GL, max_G1)
-            max_RL[rows] = new_GL
-            part.shrink.append(jnp.exp2(old_GL - new_GL))
-            part.p.append(jnp.exp2(scores_GW - widen(new_GL, W)))
-        p_RL = jnp.concatenate(part.p, axis=0)[:, :L].astype(v.dtype)
-        part.values_RP = lists.dot(p_RL, v[part.block], (1, 0))
+    def finish(part):
+        p, shrink, new = [], [], []
+        for w, old_GL in enumerate(part.read(max_RL)):
+            scores_GW = scores_RW[part.at(w)]
+            new.append(jnp.maximum(old_GL, jnp.max(scores_GW, axis=1, keepdims=True)))
+            shrink.append(jnp.exp2(old_GL - new[w]))
+            p.append(jnp.exp2(scores_GW - widen(new[w], W)))
+        part.write(max_RL, new)
+        p_RL = jnp.concatenate(p, axis=0)[:, :L].astype(v.dtype)
+        values_RP = lists.dot(p_RL, v[part.block], (1, 0))
+        sums, o = part.read(sum_RW), part.read(o_RP)
+        part.write(sum_RW, [widen(shrink[w], W) * sum_GW + p[w] for w, sum_GW in enumerate(sums)])
+        part.write(o_RP, [widen(shrink[w], o_GP.shape[1]) * o_GP + values_RP[w * G : (w + 1) * G] for w, o_GP in enumerate(o)])
 
-    def add(part):
-        old = [(sum_RW[rows], o_RP[rows]) for rows in part.rows]
-        for w, (rows, (sum_GW, o_GP)) in enumerate(zip(part.rows, old, strict=True)):
-            sum_RW[rows] = widen(part.shrink[w], W) * sum_GW + part.p[w]
-            o_RP[rows] = widen(part.shrink[w], o_GP.shape[1]) * o_GP + part.values_RP[w * G : (w + 1) * G]
-
-    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
+    lists.pipeline(tile, starts, chosen, tokens, pending, score, finish)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
@@ -172,7 +170,7 @@ def _backward_kernel(
         lists.see(seen, first, span)
         # Of a part's rest, whose rows are another query's, the weights are none.
         for numbers_1R, columns_RL, rest in ((lse_1R, lse_RL, -_MASKED), (shift_1R, shift_RL, 0)):
-            columns_RL[lists.rows - G :] = jnp.full((G, LANES), rest, jnp.float32)
+            columns_RL[lists.rows :] = jnp.full((G, LANES), rest, jnp.float32)
 
             @pl.loop(0, lists.queries // 8)
             def _(n, numbers_1R=numbers_1R, columns_RL=columns_RL):
@@ -225,20 +223,37 @@ def _backward_kernel(
 
 
 class _Part:
-    """Some queries that chose a block; beyond its list, one that sees nothing, and whose results nothing reads."""
+    """Some queries that chose a block; beyond its list, ones of the next list, which are blind here."""
 
-    def __init__(self, lists, block, start, end, tokens):
-        G, num_left = lists.G, end - start
-        tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
-        tokens = [(tokens[w], w < num_left) for w in range(_TOGETHER)]
+    def __init__(self, lists, n, block, start, num_left, tokens):
+        self._lists, self._n, self._num_left = lists, n, num_left
         self.block = block
-        self.queries = [jnp.where(is_there, t, lists.queries) for t, is_there in tokens]
+        tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
+        self.queries = [tokens[w] for w in range(_TOGETHER)]
+        G = lists.G
         self.rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self.queries]
-        # A tile's first query is one of the row, its last one may be beyond.
-        self.gathered = [jnp.where(is_there, t, 0) for t, is_there in tokens]
+
+    def at(self, w):
+        G = self._lists.G
+        return pl.ds((self._n * _TOGETHER + w) * G, G)
 
     def gather(self, ref):
-        return jnp.concatenate([ref[t] for t in self.gathered], axis=0)
+        return jnp.concatenate([ref[t] for t in self.queries], axis=0)
+
+    def read(self, ref):
+        return [ref[rows] for rows in self.rows]
+
+    def write(self, ref, values):
+        # A blind one may be one of the others too: it comes first.
+        for rows, value in reversed(list(zip(self.rows, values, strict=True))):
+            ref[rows] = value
+
+    def sees(self, seen, places_1L):
+        num_left = jnp.full(places_1L.shape, self._num_left)
+        row = lambda t, n: widen(seen[t, n : n + 1], places_1L.shape[1])
+        for w, t in enumerate(self.queries):
+            is_seen_1L = (places_1L - row(t, 0) <= row(t, 1)) & (num_left > w)
+            yield jnp.broadcast_to(is_seen_1L, (self._lists.G, places_1L.shape[1]))
 
 
 class _Lists:
@@ -251,7 +266,7 @@ class _Lists:
         most_queries = min(most_queries, most_rows // self.G, _MAX_IDS // J)
         self.queries = min(max(most_queries // 8, 1) * 8, T + -T % 8)
         self.parts = max(1, _GATHERED // self.G // _TOGETHER)
-        self.rows = (self.queries + 1) * self.G
+        self.rows = self.queries * self.G
         self.blocks_per_tile = max(1, min(_KEYS, S) // L)
         num_tiles, num_key_tiles = pl.cdiv(T, self.queries), pl.cdiv(S, self.blocks_per_tile * L)
         self.grid = B * K, num_tiles, num_key_tiles
@@ -329,10 +344,10 @@ class _Lists:
 
     def numbers(self) -> pl.BlockSpec:
         """Returns the blocks of an array with a number for each query and head."""
-        return pl.BlockSpec((None, None, 1, self.rows - self.G), lambda x, i, c: (x, i, 0, 0))
+        return pl.BlockSpec((None, None, 1, self.rows), lambda x, i, c: (x, i, 0, 0))
 
     def numbers_shape(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*self.grid[:2], 1, self.rows - self.G), jnp.float32)
+        return jax.ShapeDtypeStruct((*self.grid[:2], 1, self.rows), jnp.float32)
 
     def to_numbers(self, a_BTN: jax.Array) -> jax.Array:
         a_BTKG = self.fill_heads(a_BTN[..., None]).reshape(self.B, self.T, self.K, self.G)
@@ -356,6 +371,35 @@ class _Lists:
         """Returns whether query t sees each of the places: `[G L]`."""
         row = lambda n: widen(seen[t, n : n + 1], places_1L.shape[1])
         return jnp.broadcast_to(places_1L - row(0) <= row(1), (self.G, places_1L.shape[1]))
+
+    def pending(self):
+        return pltpu.SMEM((self.parts, 3), jnp.int32)
+
+    def pipeline(self, key_tile, starts, chosen, tokens, pending, score, finish) -> None:
+        first = key_tile * self.blocks_per_tile
+        beyond = first + self.blocks_per_tile
+
+        def score_next(n, block, start):
+            known = jnp.minimum(block, beyond - 1)
+            end = jnp.where(block < beyond, starts[0, known + 1], 0)
+            pending[n, 0], pending[n, 1], pending[n, 2] = known - first, start, end - start
+            score(_Part(self, n, known - first, start, end - start, tokens))
+            is_last = start + _TOGETHER >= end
+            return jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
+
+        def take(at):
+            before, block, start = at[1], *at[1:]
+            for n in range(self.parts):
+                finish(_Part(self, n, pending[n, 0], pending[n, 1], pending[n, 2], tokens))
+                block, start = score_next(n, block, start)
+            return before, block, start
+
+        @pl.when(chosen[0, first] < beyond)
+        def _():
+            block, start = chosen[0, first], starts[0, first]
+            for n in range(self.parts):
+                block, start = score_next(n, block, start)
+            jax.lax.while_loop(lambda at: at[0] < beyond, take, (chosen[0, first], block, start))
 
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
