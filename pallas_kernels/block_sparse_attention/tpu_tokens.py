@@ -50,12 +50,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
         in_specs=[*lists.specs(H, P), lists.of_queries(H)],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[
-            lists.seen(),
-            lists.pending(),
-            pltpu.VMEM((lists.parts * _TOGETHER * lists.G, W), jnp.float32),
-            *(pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, W, P)),
-        ],
+        scratch_shapes=[pltpu.VMEM((lists.queries, 1 + W // LANES + lanes(P) // LANES, lists.G, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -109,52 +104,61 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
 
 
 def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, *scratch):
-    seen, pending, scores_RW, max_RL, sum_RW, o_RP = scratch
+    (state,) = scratch
     G, L, W, tile = q.shape[1], k.shape[1], places.shape[2], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        max_RL[...] = jnp.full_like(max_RL, _START)
-        sum_RW[...] = jnp.zeros_like(sum_RW)
-        o_RP[...] = jnp.zeros_like(o_RP)
-        lists.see(seen, first, span)
+        state[:, 0] = jnp.full((lists.queries, G, LANES), _START)
+        state[:, 1:] = jnp.zeros((lists.queries, state.shape[1] - 1, G, LANES))
 
     def score(part):
         k_LH = k[part.block]
         # Keys of a block once more where they do not fill the lanes. None sees those.
         k_WH = jnp.concatenate([k_LH] * pl.cdiv(W, L), axis=0)[:W]
         products_RW = scale * lists.dot(part.gather(q), k_WH, (1, 1))
-        for w, is_seen_GW in enumerate(part.sees(seen, places[part.block])):
-            scores_RW[part.at(w)] = jnp.where(is_seen_GW, products_RW[w * G : (w + 1) * G], _MASKED)
+        part.scores, part.max = [], []
+        for w, is_seen_GW in enumerate(part.sees(first, span, places[part.block])):
+            part.scores.append(jnp.where(is_seen_GW, products_RW[w * G : (w + 1) * G], _MASKED))
+            part.max.append(jnp.max(part.scores[w], axis=1, keepdims=True))
 
-    def finish(part):
-        p, shrink, new = [], [], []
-        for w, old_GL in enumerate(part.read(max_RL)):
-            scores_GW = scores_RW[part.at(w)]
-            new.append(jnp.maximum(old_GL, jnp.max(scores_GW, axis=1, keepdims=True)))
-            shrink.append(jnp.exp2(old_GL - new[w]))
-            p.append(jnp.exp2(scores_GW - widen(new[w], W)))
-        part.write(max_RL, new)
-        p_RL = jnp.concatenate(p, axis=0)[:, :L].astype(v.dtype)
-        values_RP = lists.dot(p_RL, v[part.block], (1, 0))
-        sums, o = part.read(sum_RW), part.read(o_RP)
-        part.write(sum_RW, [widen(shrink[w], W) * sum_GW + p[w] for w, sum_GW in enumerate(sums)])
-        part.write(o_RP, [widen(shrink[w], o_GP.shape[1]) * o_GP + values_RP[w * G : (w + 1) * G] for w, o_GP in enumerate(o)])
+    def weigh(part):
+        part.p, part.shrink, new = [], [], []
+        for w, t in enumerate(part.queries):
+            old_GL = state[t, 0]
+            new.append(jnp.maximum(old_GL, part.max[w]))
+            part.shrink.append(jnp.exp2(old_GL - new[w]))
+            part.p.append(jnp.exp2(part.scores[w] - widen(new[w], W)))
+        for w, t in reversed(list(enumerate(part.queries))):
+            state[t, 0] = new[w]
+        p_RL = jnp.concatenate(part.p, axis=0)[:, :L].astype(v.dtype)
+        part.values_RP = lists.dot(p_RL, v[part.block], (1, 0))
 
-    lists.pipeline(tile, starts, chosen, tokens, pending, score, finish)
+    def add(part):
+        more = [jnp.concatenate([p_GW, part.values_RP[w * G : (w + 1) * G]], axis=1) for w, p_GW in enumerate(part.p)]
+        new = []
+        for w, t in enumerate(part.queries):
+            new.append([part.shrink[w] * state[t, 1 + c] + more[w][:, c * LANES : (c + 1) * LANES] for c in range(state.shape[1] - 1)])
+        for w, t in reversed(list(enumerate(part.queries))):
+            for c, x in enumerate(new[w]):
+                state[t, 1 + c] = x
+
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
         @pl.loop(0, lists.queries // 8)
         def _(n):
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            sums_R1 = jnp.sum(sum_RW[rows], axis=1, keepdims=True)
+            at = pl.ds(pl.multiple_of(n * 8, 8), 8)
+            sums_R1 = jnp.sum(state[at, 1].reshape(8 * G, LANES), axis=1, keepdims=True)
             sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
             is_blind_RL = sums_RL == 0
             sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
-            o_8GP = (o_RP[rows] / widen(sums_RL, o_RP.shape[1])).reshape(8, G, -1)
-            o[pl.ds(pl.multiple_of(n * 8, 8), 8)] = o_8GP.astype(o.dtype)
-            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL[rows] + jnp.log2(sums_RL)) / _LOG2_E)
+            o_8GP = (state[at, 2].reshape(8 * G, LANES) / sums_RL).reshape(8, G, -1)
+            o[at] = o_8GP.astype(o.dtype)
+            max_RL = state[at, 0].reshape(8 * G, LANES)
+            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
+            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL + jnp.log2(sums_RL)) / _LOG2_E)
             lse_1R[:, rows] = lse_RL.T[:1]
 
 
@@ -225,8 +229,8 @@ def _backward_kernel(
 class _Part:
     """Some queries that chose a block; beyond its list, ones of the next list, which are blind here."""
 
-    def __init__(self, lists, n, block, start, num_left, tokens):
-        self._lists, self._n, self._num_left = lists, n, num_left
+    def __init__(self, lists, block, start, num_left, tokens):
+        self._lists, self._num_left = lists, num_left
         self.block = block
         tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
         self.queries = [tokens[w] for w in range(_TOGETHER)]
@@ -248,11 +252,10 @@ class _Part:
         for rows, value in reversed(list(zip(self.rows, values, strict=True))):
             ref[rows] = value
 
-    def sees(self, seen, places_1L):
+    def sees(self, first, span, places_1L):
         num_left = jnp.full(places_1L.shape, self._num_left)
-        row = lambda t, n: widen(seen[t, n : n + 1], places_1L.shape[1])
         for w, t in enumerate(self.queries):
-            is_seen_1L = (places_1L - row(t, 0) <= row(t, 1)) & (num_left > w)
+            is_seen_1L = (places_1L - first[0, t] <= span[0, t]) & (num_left > w)
             yield jnp.broadcast_to(is_seen_1L, (self._lists.G, places_1L.shape[1]))
 
 
@@ -413,7 +416,7 @@ class _Lists:
         def next_part(block, start):
             known = jnp.minimum(block, beyond - 1)
             end = jnp.where(block < beyond, starts[0, known + 1], 0)
-            part = _Part(self, known - first, start, end, tokens)
+            part = _Part(self, known - first, start, end - start, tokens)
             is_last = start + _TOGETHER >= end
             return part, jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
 
@@ -422,8 +425,10 @@ class _Lists:
             for _ in range(self.parts):
                 part, *at = next_part(*at)
                 parts.append(part)
-            for i in range(len(parts) + len(stages) - 1):
-                for late, stage in enumerate(stages):
+            import os
+            lags = [int(x) for x in os.environ.get("LAGS", "0,1,2").split(",")]
+            for i in range(len(parts) + lags[-1]):
+                for late, stage in reversed(list(zip(lags, stages))) if os.environ.get("REV") else zip(lags, stages):
                     if 0 <= i - late < len(parts):
                         stage(parts[i - late])
             return tuple(at)
