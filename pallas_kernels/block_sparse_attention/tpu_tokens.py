@@ -50,7 +50,14 @@ def forward(options, q, k, v, block_ids, segment_ids):
         in_specs=[*lists.specs(H, P), lists.of_queries(H)],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[pltpu.VMEM((lists.queries, 1 + W // LANES + lanes(P) // LANES, lists.G, LANES), jnp.float32)],
+        scratch_shapes=[
+            pltpu.SMEM((2, lists.parts, 3), jnp.int32),
+            pltpu.VMEM((lists.parts, _TOGETHER, lists.G, W), jnp.float32),
+            pltpu.VMEM((lists.parts, _TOGETHER * lists.G, L), v.dtype),
+            pltpu.VMEM((lists.parts, _TOGETHER, lists.G, LANES), jnp.float32),
+            pltpu.VMEM((lists.queries, 2, lists.G, LANES), jnp.float32),
+            pltpu.VMEM((lists.queries, lists.G, P), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -104,59 +111,62 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
 
 
 def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, *scratch):
-    (state,) = scratch
+    pending, scores, weights, shrink, max_and_sum, o_QGP = scratch
     G, L, W, tile = q.shape[1], k.shape[1], places.shape[2], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        state[:, 0] = jnp.full((lists.queries, G, LANES), _START)
-        state[:, 1:] = jnp.zeros((lists.queries, state.shape[1] - 1, G, LANES))
+        max_and_sum[:, 0] = jnp.full((lists.queries, G, LANES), _START)
+        max_and_sum[:, 1] = jnp.zeros((lists.queries, G, LANES))
+        o_QGP[...] = jnp.zeros_like(o_QGP)
+        scores[...] = jnp.full_like(scores, _MASKED)
+        weights[...] = jnp.zeros_like(weights)
+        shrink[...] = jnp.ones_like(shrink)
+        for n in range(lists.parts):
+            for i in range(2):
+                for j in range(3):
+                    pending[i, n, j] = 0
 
-    def score(part):
-        k_LH = k[part.block]
-        # Keys of a block once more where they do not fill the lanes. None sees those.
-        k_WH = jnp.concatenate([k_LH] * pl.cdiv(W, L), axis=0)[:W]
-        products_RW = scale * lists.dot(part.gather(q), k_WH, (1, 1))
-        part.scores, part.max = [], []
-        for w, is_seen_GW in enumerate(part.sees(first, span, places[part.block])):
-            part.scores.append(jnp.where(is_seen_GW, products_RW[w * G : (w + 1) * G], _MASKED))
-            part.max.append(jnp.max(part.scores[w], axis=1, keepdims=True))
+    def score(n, part):
+        products_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
+        places_1L = places[part.block][:, :L]
+        for w, is_seen_GL in enumerate(part.sees(first, span, places_1L)):
+            scores[n, w, :, :L] = jnp.where(is_seen_GL, products_RL[w * G : (w + 1) * G], _MASKED)
 
-    def weigh(part):
-        part.p, part.shrink, new = [], [], []
-        for w, t in enumerate(part.queries):
-            old_GL = state[t, 0]
-            new.append(jnp.maximum(old_GL, part.max[w]))
-            part.shrink.append(jnp.exp2(old_GL - new[w]))
-            part.p.append(jnp.exp2(part.scores[w] - widen(new[w], W)))
-        for w, t in reversed(list(enumerate(part.queries))):
-            state[t, 0] = new[w]
-        p_RL = jnp.concatenate(part.p, axis=0)[:, :L].astype(v.dtype)
-        part.values_RP = lists.dot(p_RL, v[part.block], (1, 0))
-
-    def add(part):
-        more = [jnp.concatenate([p_GW, part.values_RP[w * G : (w + 1) * G]], axis=1) for w, p_GW in enumerate(part.p)]
+    def weigh(n, part):
         new = []
         for w, t in enumerate(part.queries):
-            new.append([part.shrink[w] * state[t, 1 + c] + more[w][:, c * LANES : (c + 1) * LANES] for c in range(state.shape[1] - 1)])
-        for w, t in reversed(list(enumerate(part.queries))):
-            for c, x in enumerate(new[w]):
-                state[t, 1 + c] = x
+            old_GL, scores_GW = max_and_sum[t, 0], scores[n, w]
+            new_GL = jnp.maximum(old_GL, jnp.max(scores_GW, axis=1, keepdims=True))
+            shrink_GL = jnp.exp2(old_GL - new_GL)
+            p_GW = jnp.exp2(scores_GW - widen(new_GL, W))
+            weights[n, w * G : (w + 1) * G] = p_GW[:, :L].astype(weights.dtype)
+            shrink[n, w] = shrink_GL
+            new.append((new_GL, shrink_GL * max_and_sum[t, 1] + p_GW))
+        for t, (new_GL, sum_GL) in reversed(list(zip(part.queries, new))):
+            max_and_sum[t, 0] = new_GL
+            max_and_sum[t, 1] = sum_GL
 
-    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
+    def add(n, part):
+        values_RP = lists.dot(weights[n], v[part.block], (1, 0))
+        new = [widen(shrink[n, w], o_QGP.shape[2]) * o_QGP[t] + values_RP[w * G : (w + 1) * G] for w, t in enumerate(part.queries)]
+        for t, o_GP in reversed(list(zip(part.queries, new))):
+            o_QGP[t] = o_GP
+
+    lists.pipeline(tile, starts, chosen, tokens, pending, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
         @pl.loop(0, lists.queries // 8)
         def _(n):
             at = pl.ds(pl.multiple_of(n * 8, 8), 8)
-            sums_R1 = jnp.sum(state[at, 1].reshape(8 * G, LANES), axis=1, keepdims=True)
+            sums_R1 = jnp.sum(max_and_sum[at, 1].reshape(8 * G, LANES), axis=1, keepdims=True)
             sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
             is_blind_RL = sums_RL == 0
             sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
-            o_8GP = (state[at, 2].reshape(8 * G, LANES) / sums_RL).reshape(8, G, -1)
+            o_8GP = (o_QGP[at].reshape(8 * G, LANES) / sums_RL).reshape(8, G, -1)
             o[at] = o_8GP.astype(o.dtype)
-            max_RL = state[at, 0].reshape(8 * G, LANES)
+            max_RL = max_and_sum[at, 0].reshape(8 * G, LANES)
             rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
             lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL + jnp.log2(sums_RL)) / _LOG2_E)
             lse_1R[:, rows] = lse_RL.T[:1]
@@ -403,6 +413,29 @@ class _Lists:
             for n in range(self.parts):
                 block, start = score_next(n, block, start)
             jax.lax.while_loop(lambda at: at[0] < beyond, take, (chosen[0, first], block, start))
+
+    def pipeline(self, key_tile, starts, chosen, tokens, pending, score, weigh, add) -> None:
+        first = key_tile * self.blocks_per_tile
+        beyond = first + self.blocks_per_tile
+
+        def take(at):
+            _, before, block, start = at
+            now = block
+            for n in range(self.parts):
+                parts = [[pending[i, n, j] for j in range(3)] for i in range(2)]
+                add(n, _Part(self, *parts[1], tokens))
+                weigh(n, _Part(self, *parts[0], tokens))
+                known = jnp.minimum(block, beyond - 1)
+                end = jnp.where(block < beyond, starts[0, known + 1], 0)
+                pending[1, n, 0], pending[1, n, 1] = parts[0][0], parts[0][1]
+                pending[0, n, 0], pending[0, n, 1] = known - first, start
+                score(n, _Part(self, known - first, start, end - start, tokens))
+                is_last = start + _TOGETHER >= end
+                block, start = jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
+            return before, now, block, start
+
+        block = chosen[0, first]
+        jax.lax.while_loop(lambda at: at[0] < beyond, take, (block, block, block, starts[0, first]))
 
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
