@@ -27,7 +27,7 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
 _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
-_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 1024
+_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 2048
 # Queries of a part, which all chose the same block.
 _TOGETHER = 8
 # Of VMEM for the queries of a tile, the gradients of keys beside them; and ids of a tile, which lie in SMEM.
@@ -40,8 +40,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
     """Returns o and lse, `[B T N]`."""
     (B, T, N, H), K, P, L = q.shape, k.shape[2], v.shape[3], options.block_size
     # Blocks of q and o, of which there are two each, and what the softmaxes have summed up.
-    W = lanes(L)
-    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + W + lanes(P))
+    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + lanes(L) + lanes(P))
     lists = _Lists(options, q, k, block_ids, _FORWARD_QUERIES, _FORWARD_BYTES // row_bytes)
     o, lse = pl.pallas_call(
         functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
@@ -50,14 +49,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
         in_specs=[*lists.specs(H, P), lists.of_queries(H)],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[
-            pltpu.SMEM((2, lists.parts, 3), jnp.int32),
-            pltpu.VMEM((lists.parts, _TOGETHER, lists.G, W), jnp.float32),
-            pltpu.VMEM((lists.parts, _TOGETHER * lists.G, L), v.dtype),
-            pltpu.VMEM((lists.parts, _TOGETHER, lists.G, LANES), jnp.float32),
-            pltpu.VMEM((lists.queries, 2, lists.G, LANES), jnp.float32),
-            pltpu.VMEM((lists.queries, lists.G, P), jnp.float32),
-        ],
+        scratch_shapes=[pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, L, P)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -87,7 +79,6 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
             jax.ShapeDtypeStruct((B * K, S, P), jnp.float32),
         ],
         scratch_shapes=[
-            lists.seen(),
             pltpu.VMEM((lists.rows, LANES), jnp.float32),
             pltpu.VMEM((lists.rows, LANES), jnp.float32),
             pltpu.VMEM((lists.rows, H), jnp.float32),
@@ -110,82 +101,64 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, *scratch):
-    pending, scores, weights, shrink, max_and_sum, o_QGP = scratch
-    G, L, W, tile = q.shape[1], k.shape[1], places.shape[2], pl.program_id(2)
+def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
+    G, L, tile = q.shape[1], k.shape[1], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        max_and_sum[:, 0] = jnp.full((lists.queries, G, LANES), _START)
-        max_and_sum[:, 1] = jnp.zeros((lists.queries, G, LANES))
-        o_QGP[...] = jnp.zeros_like(o_QGP)
-        scores[...] = jnp.full_like(scores, _MASKED)
-        weights[...] = jnp.zeros_like(weights)
-        shrink[...] = jnp.ones_like(shrink)
-        for n in range(lists.parts):
-            for i in range(2):
-                for j in range(3):
-                    pending[i, n, j] = 0
+        max_RL[...] = jnp.full_like(max_RL, _START)
+        sum_RL[...] = jnp.zeros_like(sum_RL)
+        o_RP[...] = jnp.zeros_like(o_RP)
 
-    def score(n, part):
-        products_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
-        places_1L = places[part.block][:, :L]
-        for w, is_seen_GL in enumerate(part.sees(first, span, places_1L)):
-            scores[n, w, :, :L] = jnp.where(is_seen_GL, products_RL[w * G : (w + 1) * G], _MASKED)
+    def score(part):
+        scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
+        part.scores = [
+            jnp.where(is_seen_GL, scores_RL[w * G : (w + 1) * G], _MASKED)
+            for w, is_seen_GL in enumerate(part.sees(first, span, places[part.block]))
+        ]
+        part.max = [jnp.max(scores_GL, axis=1, keepdims=True) for scores_GL in part.scores]
 
-    def weigh(n, part):
-        new = []
-        for w, t in enumerate(part.queries):
-            old_GL, scores_GW = max_and_sum[t, 0], scores[n, w]
-            new_GL = jnp.maximum(old_GL, jnp.max(scores_GW, axis=1, keepdims=True))
-            shrink_GL = jnp.exp2(old_GL - new_GL)
-            p_GW = jnp.exp2(scores_GW - widen(new_GL, W))
-            weights[n, w * G : (w + 1) * G] = p_GW[:, :L].astype(weights.dtype)
-            shrink[n, w] = shrink_GL
-            new.append((new_GL, shrink_GL * max_and_sum[t, 1] + p_GW))
-        for t, (new_GL, sum_GL) in reversed(list(zip(part.queries, new))):
-            max_and_sum[t, 0] = new_GL
-            max_and_sum[t, 1] = sum_GL
+    def weigh(part):
+        old = part.read(max_RL)
+        new = [jnp.maximum(old_GL, max_G1) for old_GL, max_G1 in zip(old, part.max, strict=True)]
+        part.write(max_RL, new)
+        part.shrink = [jnp.exp2(old_GL - new_GL) for old_GL, new_GL in zip(old, new, strict=True)]
+        part.p = [jnp.exp2(s_GL - widen(new_GL, L)) for s_GL, new_GL in zip(part.scores, new, strict=True)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
 
-    def add(n, part):
-        values_RP = lists.dot(weights[n], v[part.block], (1, 0))
-        new = [widen(shrink[n, w], o_QGP.shape[2]) * o_QGP[t] + values_RP[w * G : (w + 1) * G] for w, t in enumerate(part.queries)]
-        for t, o_GP in reversed(list(zip(part.queries, new))):
-            o_QGP[t] = o_GP
+    def add(part):
+        for ref, more in ((sum_RL, part.p), (o_RP, part.split(part.values_RP))):
+            old = part.read(ref)
+            scale = [widen(shrink_GL, ref.shape[1]) for shrink_GL in part.shrink]
+            part.write(ref, [s * a + b for s, a, b in zip(scale, old, more, strict=True)])
 
-    lists.pipeline(tile, starts, chosen, tokens, pending, score, weigh, add)
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
         @pl.loop(0, lists.queries // 8)
         def _(n):
-            at = pl.ds(pl.multiple_of(n * 8, 8), 8)
-            sums_R1 = jnp.sum(max_and_sum[at, 1].reshape(8 * G, LANES), axis=1, keepdims=True)
+            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
+            sums_R1 = jnp.sum(sum_RL[rows], axis=1, keepdims=True)
             sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
             is_blind_RL = sums_RL == 0
             sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
-            o_8GP = (o_QGP[at].reshape(8 * G, LANES) / sums_RL).reshape(8, G, -1)
-            o[at] = o_8GP.astype(o.dtype)
-            max_RL = max_and_sum[at, 0].reshape(8 * G, LANES)
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL + jnp.log2(sums_RL)) / _LOG2_E)
+            o_8GP = (o_RP[rows] / widen(sums_RL, o_RP.shape[1])).reshape(8, G, -1)
+            o[pl.ds(pl.multiple_of(n * 8, 8), 8)] = o_8GP.astype(o.dtype)
+            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL[rows] + jnp.log2(sums_RL)) / _LOG2_E)
             lse_1R[:, rows] = lse_RL.T[:1]
 
 
 def _backward_kernel(
     scale, lists, tokens, starts, chosen, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
 ):
-    seen, lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
+    lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
     G, L, (x, i, tile) = q.shape[1], k.shape[1], (pl.program_id(axis) for axis in range(3))
 
     @pl.when(tile == 0)
     def _():
         dq_RH[...] = jnp.zeros_like(dq_RH)
-        lists.see(seen, first, span)
-        # Of a part's rest, whose rows are another query's, the weights are none.
-        for numbers_1R, columns_RL, rest in ((lse_1R, lse_RL, -_MASKED), (shift_1R, shift_RL, 0)):
-            columns_RL[lists.rows :] = jnp.full((G, LANES), rest, jnp.float32)
-
+        for numbers_1R, columns_RL in ((lse_1R, lse_RL), (shift_1R, shift_RL)):
             @pl.loop(0, lists.queries // 8)
             def _(n, numbers_1R=numbers_1R, columns_RL=columns_RL):
                 rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
@@ -202,21 +175,24 @@ def _backward_kernel(
         part.dp_RL = lists.dot(part.do_RP, v[part.block], (1, 1))
 
     def weigh(part):
-        places_1L = places[part.block][:, :L]
         p, ds = [], []
-        for w, (t, at) in enumerate(zip(part.gathered, part.rows, strict=True)):
-            rows = slice(w * G, (w + 1) * G)
-            scores_GL = jnp.where(lists.sees(seen, t, places_1L), part.scores_RL[rows], _MASKED)
-            p.append(jnp.exp2(scores_GL - widen(lse_RL[at], L)))
-            ds.append(p[w] * (part.dp_RL[rows] - widen(shift_RL[at], L)))
+        for is_seen_GL, scores_GL, dp_GL, lse_GL, shift_GL in zip(
+            part.sees(first, span, places[part.block]),
+            part.split(part.scores_RL),
+            part.split(part.dp_RL),
+            part.read(lse_RL),
+            part.read(shift_RL),
+            strict=True,
+        ):
+            p.append(jnp.exp2(jnp.where(is_seen_GL, scores_GL, _MASKED) - widen(lse_GL, L)))
+            ds.append(p[-1] * (dp_GL - widen(shift_GL, L)))
         p_RL, ds_RL = (jnp.concatenate(a, axis=0).astype(k.dtype) for a in (p, ds))
-        part.dq_RH = lists.dot(ds_RL, k[part.block], (1, 0))
+        part.dq = part.split(lists.dot(ds_RL, k[part.block], (1, 0)))
         part.dk_LH = lists.dot(ds_RL, part.q_RH, (0, 0))
         part.dv_LP = lists.dot(p_RL, part.do_RP, (0, 0))
 
     def add(part):
-        for w, rows in enumerate(part.rows):
-            dq_RH[rows] += part.dq_RH[w * G : (w + 1) * G]
+        part.write(dq_RH, [a + b for a, b in zip(part.read(dq_RH), part.dq, strict=True)])
         of_block = pl.ds(pl.multiple_of((tile * lists.blocks_per_tile + part.block) * L, L), L)
         dk_SH[of_block] += part.dk_LH
         dv_SP[of_block] += part.dv_LP
@@ -237,36 +213,34 @@ def _backward_kernel(
 
 
 class _Part:
-    """Some queries that chose a block; beyond its list, ones of the next list, which are blind here."""
+    """Some queries that chose a block, G rows each; behind the last of them, ones that chose the next, blind here."""
 
-    def __init__(self, lists, block, start, num_left, tokens):
-        self._lists, self._num_left = lists, num_left
-        self.block = block
+    def __init__(self, G, block, start, num_left, tokens):
+        self.block, self._G, self._num_left = block, G, num_left
         tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
-        self.queries = [tokens[w] for w in range(_TOGETHER)]
-        G = lists.G
-        self.rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self.queries]
+        self._queries = [tokens[w] for w in range(_TOGETHER)]
+        self._rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self._queries]
 
-    def at(self, w):
-        G = self._lists.G
-        return pl.ds((self._n * _TOGETHER + w) * G, G)
+    def gather(self, ref) -> jax.Array:
+        return jnp.concatenate([ref[t] for t in self._queries], axis=0)
 
-    def gather(self, ref):
-        return jnp.concatenate([ref[t] for t in self.queries], axis=0)
+    def split(self, a_RX: jax.Array) -> list[jax.Array]:
+        return [a_RX[w * self._G : (w + 1) * self._G] for w in range(_TOGETHER)]
 
-    def read(self, ref):
-        return [ref[rows] for rows in self.rows]
+    def read(self, ref) -> list[jax.Array]:
+        return [ref[rows] for rows in self._rows]
 
-    def write(self, ref, values):
-        # A blind one may be one of the others too: it comes first.
-        for rows, value in reversed(list(zip(self.rows, values, strict=True))):
+    def write(self, ref, values: list[jax.Array]) -> None:
+        # The last first: a blind one, which writes what it read, may be one of those that see as well.
+        for rows, value in reversed(list(zip(self._rows, values, strict=True))):
             ref[rows] = value
 
-    def sees(self, first, span, places_1L):
-        num_left = jnp.full(places_1L.shape, self._num_left)
-        for w, t in enumerate(self.queries):
-            is_seen_1L = (places_1L - first[0, t] <= span[0, t]) & (num_left > w)
-            yield jnp.broadcast_to(is_seen_1L, (self._lists.G, places_1L.shape[1]))
+    def sees(self, first, span, places_1L: jax.Array) -> list[jax.Array]:
+        num_left_1L = jnp.full(places_1L.shape, self._num_left)
+        seen = [
+            (places_1L - first[0, t] <= span[0, t]) & (w < num_left_1L) for w, t in enumerate(self._queries)
+        ]
+        return [jnp.broadcast_to(is_seen_1L, (self._G, places_1L.shape[1])) for is_seen_1L in seen]
 
 
 class _Lists:
@@ -289,7 +263,7 @@ class _Lists:
         ids_XITJ = jnp.moveaxis(ids_BTKJ, 2, 1).reshape(B * K, num_tiles, self.queries, J)
         ids_XITJ = jnp.where(ids_XITJ < 0, self.num_blocks, ids_XITJ)
         pairs_XITJ = ids_XITJ * self.queries + jnp.arange(self.queries, dtype=jnp.int32)[:, None]
-        pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3) % self.queries
+        pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3, stable=False) % self.queries
         # Whole parts are read.
         self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, _TOGETHER)))
         counts_XIC = _counts(ids_XITJ.reshape(B * K, num_tiles, -1), self.num_blocks)
@@ -309,10 +283,10 @@ class _Lists:
         of_keys = lambda width: pl.BlockSpec((None, C, L, width), lambda x, i, c: (x, c, 0, 0))
         return [
             *(scalars(a.shape[3], lambda x: x) for a in (self._tokens, self._starts, self._chosen)),
-            *[scalars(self.queries + 1, row)] * 2,
+            *[scalars(self.queries, row)] * 2,
             of_keys(H),
             of_keys(P),
-            pl.BlockSpec((None, C, 1, lanes(L)), lambda x, i, c: (row(x), c, 0, 0)),
+            pl.BlockSpec((None, C, 1, L), lambda x, i, c: (row(x), c, 0, 0)),
         ]
 
     def arrays(self, k, v, segment_ids, at: slice = slice(0, None)) -> list[jax.Array]:
@@ -325,12 +299,9 @@ class _Lists:
 
         def of_queries(a_BS, fill):
             a_BT = jnp.pad(a_BS[:, -self.T :], ((0, 0), (0, self._missing)), constant_values=fill)
-            a_BI1T = a_BT.reshape(self.B, self.grid[1], 1, -1)
-            return jnp.pad(a_BI1T, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=fill)
+            return a_BT.reshape(self.B, self.grid[1], 1, -1)
 
         blocks = (key_blocks(a, self.blocks_per_tile * L) for a in (k, v))
-        places_BC1L = keys_BS.reshape(self.B, -1, 1, L)
-        missing = lanes(L) - L
         return [
             self._tokens,
             self._starts,
@@ -338,7 +309,7 @@ class _Lists:
             of_queries(first_BS, NOWHERE),
             of_queries(wrap(last_BS - first_BS), wrap(0)),
             *(a.reshape(a.shape[0], -1, L, a.shape[2]) for a in blocks),
-            wrap(jnp.pad(places_BC1L, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=NEVER)),
+            wrap(keys_BS.reshape(self.B, -1, 1, L)),
         ]
 
     def of_queries(self, width: int) -> pl.BlockSpec:
@@ -367,76 +338,6 @@ class _Lists:
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
-    def seen(self):
-        """Returns the memory for what each query of a tile sees."""
-        return pltpu.VMEM((self.queries, 8, LANES), jnp.int32)
-
-    def see(self, seen, first, span) -> None:
-        is_first = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == 0
-
-        @pl.loop(0, self.queries // 8)
-        def _(n):
-            for w in range(8):
-                t = n * 8 + w
-                seen[t] = jnp.where(is_first, first[0, t], span[0, t])
-
-    def sees(self, seen, t, places_1L: jax.Array) -> jax.Array:
-        """Returns whether query t sees each of the places: `[G L]`."""
-        row = lambda n: widen(seen[t, n : n + 1], places_1L.shape[1])
-        return jnp.broadcast_to(places_1L - row(0) <= row(1), (self.G, places_1L.shape[1]))
-
-    def pending(self):
-        return pltpu.SMEM((self.parts, 3), jnp.int32)
-
-    def pipeline(self, key_tile, starts, chosen, tokens, pending, score, finish) -> None:
-        first = key_tile * self.blocks_per_tile
-        beyond = first + self.blocks_per_tile
-
-        def score_next(n, block, start):
-            known = jnp.minimum(block, beyond - 1)
-            end = jnp.where(block < beyond, starts[0, known + 1], 0)
-            pending[n, 0], pending[n, 1], pending[n, 2] = known - first, start, end - start
-            score(_Part(self, n, known - first, start, end - start, tokens))
-            is_last = start + _TOGETHER >= end
-            return jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
-
-        def take(at):
-            before, block, start = at[1], *at[1:]
-            for n in range(self.parts):
-                finish(_Part(self, n, pending[n, 0], pending[n, 1], pending[n, 2], tokens))
-                block, start = score_next(n, block, start)
-            return before, block, start
-
-        @pl.when(chosen[0, first] < beyond)
-        def _():
-            block, start = chosen[0, first], starts[0, first]
-            for n in range(self.parts):
-                block, start = score_next(n, block, start)
-            jax.lax.while_loop(lambda at: at[0] < beyond, take, (chosen[0, first], block, start))
-
-    def pipeline(self, key_tile, starts, chosen, tokens, pending, score, weigh, add) -> None:
-        first = key_tile * self.blocks_per_tile
-        beyond = first + self.blocks_per_tile
-
-        def take(at):
-            _, before, block, start = at
-            now = block
-            for n in range(self.parts):
-                parts = [[pending[i, n, j] for j in range(3)] for i in range(2)]
-                add(n, _Part(self, *parts[1], tokens))
-                weigh(n, _Part(self, *parts[0], tokens))
-                known = jnp.minimum(block, beyond - 1)
-                end = jnp.where(block < beyond, starts[0, known + 1], 0)
-                pending[1, n, 0], pending[1, n, 1] = parts[0][0], parts[0][1]
-                pending[0, n, 0], pending[0, n, 1] = known - first, start
-                score(n, _Part(self, known - first, start, end - start, tokens))
-                is_last = start + _TOGETHER >= end
-                block, start = jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
-            return before, now, block, start
-
-        block = chosen[0, first]
-        jax.lax.while_loop(lambda at: at[0] < beyond, take, (block, block, block, starts[0, first]))
-
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
 
@@ -449,7 +350,7 @@ class _Lists:
         def next_part(block, start):
             known = jnp.minimum(block, beyond - 1)
             end = jnp.where(block < beyond, starts[0, known + 1], 0)
-            part = _Part(self, known - first, start, end - start, tokens)
+            part = _Part(self.G, known - first, start, end - start, tokens)
             is_last = start + _TOGETHER >= end
             return part, jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
 
@@ -458,10 +359,8 @@ class _Lists:
             for _ in range(self.parts):
                 part, *at = next_part(*at)
                 parts.append(part)
-            import os
-            lags = [int(x) for x in os.environ.get("LAGS", "0,1,2").split(",")]
-            for i in range(len(parts) + lags[-1]):
-                for late, stage in reversed(list(zip(lags, stages))) if os.environ.get("REV") else zip(lags, stages):
+            for i in range(len(parts) + len(stages) - 1):
+                for late, stage in enumerate(stages):
                     if 0 <= i - late < len(parts):
                         stage(parts[i - late])
             return tuple(at)
@@ -474,16 +373,13 @@ class _Lists:
 
 
 def _counts(ids_XIM: jax.Array, num_blocks: int) -> jax.Array:
-    """Returns how often each of the blocks is in a list, `[X I num_blocks]`.
+    """Returns how often each block is in a list, `[X I num_blocks]`.
 
-    A product of matrices: comparing each id with each block would cost more than all else around the kernels.
+    By the two digits of its id, as a product of matrices: comparing each id with each block takes three times as long
+    as all else around the kernels.
     """
-    low = math.isqrt(num_blocks) + 1
-    of_digit = lambda digits, size: (digits[..., None] == jnp.arange(size)).astype(jnp.bfloat16)
-    counts = jnp.einsum(
-        "ximh,ximl->xihl",
-        of_digit(ids_XIM // low, num_blocks // low + 1),
-        of_digit(ids_XIM % low, low),
-        preferred_element_type=jnp.float32,
-    )
+    base = math.isqrt(num_blocks) + 1
+    is_digit = lambda digits_XIM: (digits_XIM[..., None] == jnp.arange(base)).astype(jnp.bfloat16)
+    high, low = is_digit(ids_XIM // base), is_digit(ids_XIM % base)
+    counts = jnp.einsum("ximh,ximl->xihl", high, low, preferred_element_type=jnp.float32)
     return counts.reshape(*ids_XIM.shape[:2], -1)[..., :num_blocks].astype(jnp.int32)
