@@ -27,7 +27,7 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
 _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
-_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 2048
+_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 4096, 2048
 # Queries of a part, which all chose the same block.
 _TOGETHER = 8
 # Of VMEM for the queries of a tile, the gradients of keys beside them; and ids of a tile, which lie in SMEM.
@@ -123,14 +123,12 @@ def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, pla
         new = [jnp.maximum(old_GL, max_G1) for old_GL, max_G1 in zip(old, part.max, strict=True)]
         part.write(max_RL, new)
         part.shrink = [jnp.exp2(old_GL - new_GL) for old_GL, new_GL in zip(old, new, strict=True)]
-        part.p = [jnp.exp2(s_GL - widen(new_GL, L)) for s_GL, new_GL in zip(part.scores, new, strict=True)]
-        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
+        p = [jnp.exp2(scores_GL - widen(new_GL, L)) for scores_GL, new_GL in zip(part.scores, new, strict=True)]
+        part.values = part.split(lists.dot(jnp.concatenate(p, axis=0).astype(v.dtype), v[part.block], (1, 0)))
+        part.add(sum_RL, part.shrink, p)
 
     def add(part):
-        for ref, more in ((sum_RL, part.p), (o_RP, part.split(part.values_RP))):
-            old = part.read(ref)
-            scale = [widen(shrink_GL, ref.shape[1]) for shrink_GL in part.shrink]
-            part.write(ref, [s * a + b for s, a, b in zip(scale, old, more, strict=True)])
+        part.add(o_RP, part.shrink, part.values)
 
     lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
@@ -234,6 +232,11 @@ class _Part:
         # The last first: a blind one, which writes what it read, may be one of those that see as well.
         for rows, value in reversed(list(zip(self._rows, values, strict=True))):
             ref[rows] = value
+
+    def add(self, ref, scale: list[jax.Array], more: list[jax.Array]) -> None:
+        """Scales what a reference holds, by numbers that are the same in all lanes, and adds."""
+        scale = [widen(a_GL, ref.shape[1]) for a_GL in scale]
+        self.write(ref, [a * b + c for a, b, c in zip(scale, self.read(ref), more, strict=True)])
 
     def sees(self, first, span, places_1L: jax.Array) -> list[jax.Array]:
         num_left_1L = jnp.full(places_1L.shape, self._num_left)
