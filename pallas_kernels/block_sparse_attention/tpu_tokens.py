@@ -28,8 +28,10 @@ _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
 _FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 4096, 2048
-# Queries of a part, which all chose the same block.
-_TOGETHER = 8
+# Queries of a part, which all chose the same block; and those whose results are written at once.
+_TOGETHER, _AT_ONCE = 8, 32
+# Scores between which powers of two, their sums and their products with values stay far from the ends of float32.
+_SMALL = 64
 # Of VMEM for the queries of a tile, the gradients of keys beside them; and ids of a tile, which lie in SMEM.
 _FORWARD_BYTES, _BACKWARD_BYTES, _MAX_IDS = 44 * 2**20, 26 * 2**20, 2**15
 _TILE = 16  # Rows of bfloat16.
@@ -38,22 +40,34 @@ _VMEM = 64 * 2**20
 
 def forward(options, q, k, v, block_ids, segment_ids):
     """Returns o and lse, `[B T N]`."""
-    (B, T, N, H), K, P, L = q.shape, k.shape[2], v.shape[3], options.block_size
+    (B, T, N, H), K, P = q.shape, k.shape[2], v.shape[3]
     # Blocks of q and o, of which there are two each, and what the softmaxes have summed up.
-    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + lanes(L) + lanes(P))
+    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (2 * LANES + lanes(P))
     lists = _Lists(options, q, k, block_ids, _FORWARD_QUERIES, _FORWARD_BYTES // row_bytes)
-    o, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
-        name="block_sparse_attention_tokens_forward",
-        grid=lists.grid,
-        in_specs=[*lists.specs(H, P), lists.of_queries(H)],
-        out_specs=[lists.of_queries(P), lists.numbers()],
-        out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, L, P)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
-        ),
-    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q))
+    sums = pltpu.VMEM((lists.queries, 1 + lanes(P) // LANES, lists.G, LANES), jnp.float32)
+    maxima = pltpu.VMEM((lists.queries, lists.G, LANES), jnp.float32)
+
+    def call(kernel, *scratch):
+        return pl.pallas_call(
+            functools.partial(kernel, options.scale * _LOG2_E, lists),
+            name="block_sparse_attention_tokens_forward",
+            grid=lists.grid,
+            in_specs=[*lists.specs(H, P), lists.of_queries(H)],
+            out_specs=[lists.of_queries(P), lists.numbers()],
+            out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
+            scratch_shapes=scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+            ),
+        )
+
+    o, lse = jax.lax.cond(
+        abs(options.scale) * _LOG2_E * _longest(q) * _longest(k) <= _SMALL,
+        call(_small_scores_kernel, sums),
+        call(_forward_kernel, sums, maxima),
+        *lists.arrays(k, v, segment_ids),
+        lists.fill_heads(q),
+    )
     o = o.reshape(B, T, K, -1, P)[:, :, :, : N // K].reshape(B, T, N, P)
     lse_BKTG = lse.reshape(B, K, -1, lists.G)[:, :, :T, : N // K]
     return o, jnp.moveaxis(lse_BKTG, 1, 2).reshape(B, T, N)
@@ -79,9 +93,7 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
             jax.ShapeDtypeStruct((B * K, S, P), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((lists.rows, LANES), jnp.float32),
-            pltpu.VMEM((lists.rows, LANES), jnp.float32),
-            pltpu.VMEM((lists.rows, H), jnp.float32),
+            *(pltpu.VMEM((lists.queries, lists.G, width), jnp.float32) for width in (LANES, LANES, H)),
             pltpu.VMEM((S, H), jnp.float32),
             pltpu.VMEM((S, P), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
@@ -101,66 +113,95 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
-    G, L, tile = q.shape[1], k.shape[1], pl.program_id(2)
+def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, sums_QCGL, max_QGL):
+    L, tile = k.shape[1], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        max_RL[...] = jnp.full_like(max_RL, _START)
-        sum_RL[...] = jnp.zeros_like(sum_RL)
-        o_RP[...] = jnp.zeros_like(o_RP)
+        sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
+        max_QGL[...] = jnp.full_like(max_QGL, _START)
 
     def score(part):
         scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
-        part.scores = [
-            jnp.where(is_seen_GL, scores_RL[w * G : (w + 1) * G], _MASKED)
-            for w, is_seen_GL in enumerate(part.sees(first, span, places[part.block]))
-        ]
+        part.scores = part.visible(scores_RL, first, span, places)
         part.max = [jnp.max(scores_GL, axis=1, keepdims=True) for scores_GL in part.scores]
 
     def weigh(part):
-        old = part.read(max_RL)
+        old = part.read(max_QGL)
         new = [jnp.maximum(old_GL, max_G1) for old_GL, max_G1 in zip(old, part.max, strict=True)]
-        part.write(max_RL, new)
+        part.write(max_QGL, new)
         part.shrink = [jnp.exp2(old_GL - new_GL) for old_GL, new_GL in zip(old, new, strict=True)]
-        p = [jnp.exp2(scores_GL - widen(new_GL, L)) for scores_GL, new_GL in zip(part.scores, new, strict=True)]
-        part.values = part.split(lists.dot(jnp.concatenate(p, axis=0).astype(v.dtype), v[part.block], (1, 0)))
-        part.add(sum_RL, part.shrink, p)
+        part.p = [jnp.exp2(scores_GL - widen(new_GL, L)) for scores_GL, new_GL in zip(part.scores, new, strict=True)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
 
     def add(part):
-        part.add(o_RP, part.shrink, part.values)
+        part.add(sums_QCGL, part.p, part.values_RP, part.shrink)
 
     lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
-        @pl.loop(0, lists.queries // 8)
-        def _(n):
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            sums_R1 = jnp.sum(sum_RL[rows], axis=1, keepdims=True)
-            sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
-            is_blind_RL = sums_RL == 0
-            sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
-            o_8GP = (o_RP[rows] / widen(sums_RL, o_RP.shape[1])).reshape(8, G, -1)
-            o[pl.ds(pl.multiple_of(n * 8, 8), 8)] = o_8GP.astype(o.dtype)
-            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL[rows] + jnp.log2(sums_RL)) / _LOG2_E)
-            lse_1R[:, rows] = lse_RL.T[:1]
+        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, max_QGL[queries], o, lse_1R))
+
+
+def _small_scores_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, sums_QCGL):
+    """Where no power of two can be too large or too small, nothing has to know the largest score, or wait for it."""
+    tile = pl.program_id(2)
+
+    @pl.when(tile == 0)
+    def _():
+        sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
+
+    def score(part):
+        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
+
+    def weigh(part):
+        part.p = [jnp.exp2(scores_GL) for scores_GL in part.visible(part.scores_RL, first, span, places)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
+
+    def add(part):
+        part.add(sums_QCGL, part.p, part.values_RP)
+
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
+
+    @pl.when(tile == pl.num_programs(2) - 1)
+    def _():
+        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, 0, o, lse_1R))
+
+
+def _divide(queries, sums_QCGL, max_QGL, o, lse_1R) -> None:
+    """Writes the outputs of some queries, and the logarithms of what they are divided by."""
+    Q, G, P = queries.size, o.shape[1], o.shape[2]
+    sums_QG1 = jnp.sum(sums_QCGL[queries, 0], axis=2, keepdims=True)
+    sums_QGL = jnp.broadcast_to(sums_QG1, (Q, G, LANES))
+    is_blind_QGL = sums_QGL == 0
+    sums_QGL = jnp.where(is_blind_QGL, 1, sums_QGL)
+    for c in range(sums_QCGL.shape[1] - 1):
+        column = slice(c * LANES, min((c + 1) * LANES, P))
+        o_QGL = sums_QCGL[queries, 1 + c] / sums_QGL
+        o[queries, :, column] = o_QGL[:, :, : column.stop - column.start].astype(o.dtype)
+    lse_QGL = jnp.where(is_blind_QGL, -jnp.inf, (max_QGL + jnp.log2(sums_QGL)) / _LOG2_E)
+    rows = pl.ds(pl.multiple_of(queries.start * G, Q * G), Q * G)
+    lse_1R[:, rows] = lse_QGL.reshape(Q * G, LANES).T[:1]
 
 
 def _backward_kernel(
     scale, lists, tokens, starts, chosen, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
 ):
-    lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
+    lse_QGL, shift_QGL, dq_QGH, dk_SH, dv_SP, done = scratch
     G, L, (x, i, tile) = q.shape[1], k.shape[1], (pl.program_id(axis) for axis in range(3))
 
     @pl.when(tile == 0)
     def _():
-        dq_RH[...] = jnp.zeros_like(dq_RH)
-        for numbers_1R, columns_RL in ((lse_1R, lse_RL), (shift_1R, shift_RL)):
-            @pl.loop(0, lists.queries // 8)
-            def _(n, numbers_1R=numbers_1R, columns_RL=columns_RL):
-                rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-                columns_RL[rows] = jnp.broadcast_to(numbers_1R[:, rows], (LANES, 8 * G)).T
+        dq_QGH[...] = jnp.zeros_like(dq_QGH)
+
+        def broadcast(queries):
+            rows = pl.ds(pl.multiple_of(queries.start * G, queries.size * G), queries.size * G)
+            for numbers_1R, columns_QGL in ((lse_1R, lse_QGL), (shift_1R, shift_QGL)):
+                columns_RL = jnp.broadcast_to(numbers_1R[:, rows], (LANES, rows.size)).T
+                columns_QGL[queries] = columns_RL.reshape(-1, G, LANES)
+
+        lists.for_queries(broadcast)
 
         @pl.when(i == 0)
         def _():
@@ -174,15 +215,14 @@ def _backward_kernel(
 
     def weigh(part):
         p, ds = [], []
-        for is_seen_GL, scores_GL, dp_GL, lse_GL, shift_GL in zip(
-            part.sees(first, span, places[part.block]),
-            part.split(part.scores_RL),
+        for scores_GL, dp_GL, lse_GL, shift_GL in zip(
+            part.visible(part.scores_RL, first, span, places),
             part.split(part.dp_RL),
-            part.read(lse_RL),
-            part.read(shift_RL),
+            part.read(lse_QGL),
+            part.read(shift_QGL),
             strict=True,
         ):
-            p.append(jnp.exp2(jnp.where(is_seen_GL, scores_GL, _MASKED) - widen(lse_GL, L)))
+            p.append(jnp.exp2(scores_GL - widen(lse_GL, L)))
             ds.append(p[-1] * (dp_GL - widen(shift_GL, L)))
         p_RL, ds_RL = (jnp.concatenate(a, axis=0).astype(k.dtype) for a in (p, ds))
         part.dq = part.split(lists.dot(ds_RL, k[part.block], (1, 0)))
@@ -190,7 +230,7 @@ def _backward_kernel(
         part.dv_LP = lists.dot(p_RL, part.do_RP, (0, 0))
 
     def add(part):
-        part.write(dq_RH, [a + b for a, b in zip(part.read(dq_RH), part.dq, strict=True)])
+        part.write(dq_QGH, [a + b for a, b in zip(part.read(dq_QGH), part.dq, strict=True)])
         of_block = pl.ds(pl.multiple_of((tile * lists.blocks_per_tile + part.block) * L, L), L)
         dk_SH[of_block] += part.dk_LH
         dv_SP[of_block] += part.dv_LP
@@ -199,11 +239,10 @@ def _backward_kernel(
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
-        @pl.loop(0, lists.queries // 8)
-        def _(n):
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            dq_8GH = scale * dq_RH[rows].reshape(8, G, -1)
-            dq[pl.ds(pl.multiple_of(n * 8, 8), 8)] = dq_8GH.astype(dq.dtype)
+        def write(queries):
+            dq[queries] = (scale * dq_QGH[queries]).astype(dq.dtype)
+
+        lists.for_queries(write)
 
         @pl.when(i == pl.num_programs(1) - 1)
         def _():
@@ -217,33 +256,48 @@ class _Part:
         self.block, self._G, self._num_left = block, G, num_left
         tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
         self._queries = [tokens[w] for w in range(_TOGETHER)]
-        self._rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self._queries]
 
     def gather(self, ref) -> jax.Array:
-        return jnp.concatenate([ref[t] for t in self._queries], axis=0)
+        return jnp.concatenate(self.read(ref), axis=0)
 
     def split(self, a_RX: jax.Array) -> list[jax.Array]:
         return [a_RX[w * self._G : (w + 1) * self._G] for w in range(_TOGETHER)]
 
     def read(self, ref) -> list[jax.Array]:
-        return [ref[rows] for rows in self._rows]
+        return [ref[t] for t in self._queries]
 
     def write(self, ref, values: list[jax.Array]) -> None:
         # The last first: a blind one, which writes what it read, may be one of those that see as well.
-        for rows, value in reversed(list(zip(self._rows, values, strict=True))):
-            ref[rows] = value
+        for t, value in reversed(list(zip(self._queries, values, strict=True))):
+            ref[t] = value
 
-    def add(self, ref, scale: list[jax.Array], more: list[jax.Array]) -> None:
-        """Scales what a reference holds, by numbers that are the same in all lanes, and adds."""
-        scale = [widen(a_GL, ref.shape[1]) for a_GL in scale]
-        self.write(ref, [a * b + c for a, b, c in zip(scale, self.read(ref), more, strict=True)])
-
-    def sees(self, first, span, places_1L: jax.Array) -> list[jax.Array]:
-        num_left_1L = jnp.full(places_1L.shape, self._num_left)
-        seen = [
-            (places_1L - first[0, t] <= span[0, t]) & (w < num_left_1L) for w, t in enumerate(self._queries)
+    def add(self, sums_QCGL, p: list[jax.Array], values_RP: jax.Array, shrink: list[jax.Array] | None = None) -> None:
+        """Adds weights, lane upon lane, and values to sums, which are first scaled."""
+        cut = lambda a_GX: [a_GX[:, c : c + LANES] for c in range(0, a_GX.shape[1], LANES)]
+        more = [
+            [functools.reduce(jnp.add, cut(p_GL)), *cut(values_GP)]
+            for p_GL, values_GP in zip(p, self.split(values_RP), strict=True)
         ]
-        return [jnp.broadcast_to(is_seen_1L, (self._G, places_1L.shape[1])) for is_seen_1L in seen]
+        at = [
+            [(t, c, slice(None), slice(0, a.shape[1])) for c, a in enumerate(m)]
+            for t, m in zip(self._queries, more, strict=True)
+        ]
+        old = [[sums_QCGL[i] for i in of_query] for of_query in at]
+        if shrink is not None:
+            old = [[x_GL[:, : a.shape[1]] * a for a in o] for x_GL, o in zip(shrink, old, strict=True)]
+        for of_query, o, m in reversed(list(zip(at, old, more, strict=True))):
+            for i, a, b in zip(of_query, o, m, strict=True):
+                sums_QCGL[i] = a + b
+
+    def visible(self, scores_RL: jax.Array, first, span, places) -> list[jax.Array]:
+        """Returns the scores of each query; those of keys that it does not see are as small as can be."""
+        places_1L = places[self.block]
+        num_left_1L = jnp.full(places_1L.shape, self._num_left)
+        visible = []
+        for w, (t, scores_GL) in enumerate(zip(self._queries, self.split(scores_RL), strict=True)):
+            is_seen_1L = (places_1L - first[0, t] <= span[0, t]) & (w < num_left_1L)
+            visible.append(jnp.where(jnp.broadcast_to(is_seen_1L, scores_GL.shape), scores_GL, _MASKED))
+        return visible
 
 
 class _Lists:
@@ -341,6 +395,14 @@ class _Lists:
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
+    def for_queries(self, write) -> None:
+        """Calls it for all queries of a tile, some at a time."""
+        size = math.gcd(self.queries, _AT_ONCE)
+
+        @pl.loop(0, self.queries // size)
+        def _(n):
+            write(pl.ds(pl.multiple_of(n * size, size), size))
+
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
 
@@ -386,3 +448,8 @@ def _counts(ids_XIM: jax.Array, num_blocks: int) -> jax.Array:
     high, low = is_digit(ids_XIM // base), is_digit(ids_XIM % base)
     counts = jnp.einsum("ximh,ximl->xihl", high, low, preferred_element_type=jnp.float32)
     return counts.reshape(*ids_XIM.shape[:2], -1)[..., :num_blocks].astype(jnp.int32)
+
+
+def _longest(a_BTNH: jax.Array) -> jax.Array:
+    """Returns an upper bound of the lengths of vectors; no product of two is more than that of their lengths."""
+    return jnp.sqrt(jnp.max(jnp.sum(jnp.square(a_BTNH.astype(jnp.float32)), axis=3), initial=0))
