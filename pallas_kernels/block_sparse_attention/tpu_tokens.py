@@ -44,30 +44,22 @@ def forward(options, q, k, v, block_ids, segment_ids):
     # Blocks of q and o, of which there are two each, and what the softmaxes have summed up.
     row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (2 * LANES + lanes(P))
     lists = _Lists(options, q, k, block_ids, _FORWARD_QUERIES, _FORWARD_BYTES // row_bytes)
-    sums = pltpu.VMEM((lists.queries, 1 + lanes(P) // LANES, lists.G, LANES), jnp.float32)
-    maxima = pltpu.VMEM((lists.queries, lists.G, LANES), jnp.float32)
-
-    def call(kernel, *scratch):
-        return pl.pallas_call(
-            functools.partial(kernel, options.scale * _LOG2_E, lists),
-            name="block_sparse_attention_tokens_forward",
-            grid=lists.grid,
-            in_specs=[*lists.specs(H, P), lists.of_queries(H)],
-            out_specs=[lists.of_queries(P), lists.numbers()],
-            out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-            scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
-            ),
-        )
-
-    o, lse = jax.lax.cond(
-        abs(options.scale) * _LOG2_E * _longest(q) * _longest(k) <= _SMALL,
-        call(_small_scores_kernel, sums),
-        call(_forward_kernel, sums, maxima),
-        *lists.arrays(k, v, segment_ids),
-        lists.fill_heads(q),
-    )
+    o, lse = pl.pallas_call(
+        functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
+        name="block_sparse_attention_tokens_forward",
+        grid=lists.grid,
+        in_specs=[*lists.specs(H, P), lists.of_queries(H), lists.lengths()],
+        out_specs=[lists.of_queries(P), lists.numbers()],
+        out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
+        scratch_shapes=[
+            pltpu.VMEM((lists.queries, 1 + lanes(P) // LANES, lists.G, LANES), jnp.float32),
+            pltpu.VMEM((lists.queries, lists.G, LANES), jnp.float32),
+            pltpu.SMEM((1,), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q), lists.to_lengths(k))
     o = o.reshape(B, T, K, -1, P)[:, :, :, : N // K].reshape(B, T, N, P)
     lse_BKTG = lse.reshape(B, K, -1, lists.G)[:, :, :T, : N // K]
     return o, jnp.moveaxis(lse_BKTG, 1, 2).reshape(B, T, N)
@@ -113,17 +105,32 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, sums_QCGL, max_QGL):
+def _forward_kernel(
+    scale, lists, tokens, starts, chosen, first, span, k, v, places, q, k_length, o, lse_1R, sums_QCGL, max_QGL, bound
+):
     L, tile = k.shape[1], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
         sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
-        max_QGL[...] = jnp.full_like(max_QGL, _START)
+        bound[0] = abs(scale) * k_length[0, 0] * lists.length(q)
+
+        # The reference of small scores is 0, and remains it.
+        max_QGL[...] = jnp.full_like(max_QGL, jnp.where(bound[0] <= _SMALL, 0, _START))
 
     def score(part):
-        scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
-        part.scores = part.visible(scores_RL, first, span, places)
+        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
+
+    def weigh_small(part):
+        part.p = [jnp.exp2(scores_GL) for scores_GL in part.visible(part.scores_RL, first, span, places)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
+
+    def add_small(part):
+        part.add(sums_QCGL, part.p, part.values_RP)
+
+    def find_max(part):
+        score(part)
+        part.scores = part.visible(part.scores_RL, first, span, places)
         part.max = [jnp.max(scores_GL, axis=1, keepdims=True) for scores_GL in part.scores]
 
     def weigh(part):
@@ -137,36 +144,16 @@ def _forward_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, pla
     def add(part):
         part.add(sums_QCGL, part.p, part.values_RP, part.shrink)
 
-    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
+    # No power of two, no sum of them and no product with a value is near the ends of float32: nothing has to know the
+    # largest score, or wait for it.
+    is_small = bound[0] <= _SMALL
+    for_parts = functools.partial(lists.for_parts, tile, starts, chosen, tokens)
+    pl.when(is_small)(lambda: for_parts(score, weigh_small, add_small))
+    pl.when(jnp.logical_not(is_small))(lambda: for_parts(find_max, weigh, add))
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
-        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, max_QGL[queries], o, lse_1R))
-
-
-def _small_scores_kernel(scale, lists, tokens, starts, chosen, first, span, k, v, places, q, o, lse_1R, sums_QCGL):
-    """Where no power of two can be too large or too small, nothing has to know the largest score, or wait for it."""
-    tile = pl.program_id(2)
-
-    @pl.when(tile == 0)
-    def _():
-        sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
-
-    def score(part):
-        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
-
-    def weigh(part):
-        part.p = [jnp.exp2(scores_GL) for scores_GL in part.visible(part.scores_RL, first, span, places)]
-        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
-
-    def add(part):
-        part.add(sums_QCGL, part.p, part.values_RP)
-
-    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
-
-    @pl.when(tile == pl.num_programs(2) - 1)
-    def _():
-        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, 0, o, lse_1R))
+        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, max_QGL, o, lse_1R))
 
 
 def _divide(queries, sums_QCGL, max_QGL, o, lse_1R) -> None:
@@ -180,7 +167,7 @@ def _divide(queries, sums_QCGL, max_QGL, o, lse_1R) -> None:
         column = slice(c * LANES, min((c + 1) * LANES, P))
         o_QGL = sums_QCGL[queries, 1 + c] / sums_QGL
         o[queries, :, column] = o_QGL[:, :, : column.stop - column.start].astype(o.dtype)
-    lse_QGL = jnp.where(is_blind_QGL, -jnp.inf, (max_QGL + jnp.log2(sums_QGL)) / _LOG2_E)
+    lse_QGL = jnp.where(is_blind_QGL, -jnp.inf, (max_QGL[queries] + jnp.log2(sums_QGL)) / _LOG2_E)
     rows = pl.ds(pl.multiple_of(queries.start * G, Q * G), Q * G)
     lse_1R[:, rows] = lse_QGL.reshape(Q * G, LANES).T[:1]
 
@@ -395,6 +382,28 @@ class _Lists:
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
+    def lengths(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, 1, 1), lambda x, i, c: (x, 0, 0), memory_space=pltpu.SMEM)
+
+    def to_lengths(self, k: jax.Array) -> jax.Array:
+        """Returns, `[X 1 1]`, the length of the longest key of each row and head."""
+        squares_BSK = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=3)
+        return jnp.sqrt(jnp.max(squares_BSK, axis=1, initial=0)).reshape(-1, 1, 1)
+
+    def length(self, q) -> jax.Array:
+        """Returns the length of the longest query of a tile. No product of two vectors is more than of their lengths."""
+        size = math.gcd(self.queries, _AT_ONCE)
+
+        def longer(n, most_8L):
+            q_RH = q[pl.ds(pl.multiple_of(n * size, size), size)].reshape(size * self.G, -1).astype(jnp.float32)
+            squares_R1 = jnp.sum(jnp.square(q_RH), axis=1, keepdims=True)
+            return jnp.maximum(
+                most_8L, jnp.max(jnp.broadcast_to(squares_R1, (size * self.G, LANES)).reshape(-1, 8, LANES), axis=0)
+            )
+
+        most_8L = jax.lax.fori_loop(0, self.queries // size, longer, jnp.zeros((8, LANES), jnp.float32))
+        return jnp.sqrt(jnp.max(most_8L, keepdims=True))[0, 0]
+
     def for_queries(self, write) -> None:
         """Calls it for all queries of a tile, some at a time."""
         size = math.gcd(self.queries, _AT_ONCE)
@@ -448,8 +457,3 @@ def _counts(ids_XIM: jax.Array, num_blocks: int) -> jax.Array:
     high, low = is_digit(ids_XIM // base), is_digit(ids_XIM % base)
     counts = jnp.einsum("ximh,ximl->xihl", high, low, preferred_element_type=jnp.float32)
     return counts.reshape(*ids_XIM.shape[:2], -1)[..., :num_blocks].astype(jnp.int32)
-
-
-def _longest(a_BTNH: jax.Array) -> jax.Array:
-    """Returns an upper bound of the lengths of vectors; no product of two is more than that of their lengths."""
-    return jnp.sqrt(jnp.max(jnp.sum(jnp.square(a_BTNH.astype(jnp.float32)), axis=3), initial=0))
