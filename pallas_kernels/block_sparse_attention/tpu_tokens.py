@@ -27,7 +27,7 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
 _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
-_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 4096, 2048
+_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 4096, 4096
 # Queries of a part, which all chose the same block; and those whose results are written at once.
 _TOGETHER, _AT_ONCE = 8, 32
 # Scores between which powers of two, their sums and their products with values stay far from the ends of float32.
@@ -391,7 +391,7 @@ class _Lists:
         return jnp.sqrt(jnp.max(squares_BSK, axis=1, initial=0)).reshape(-1, 1, 1)
 
     def length(self, q) -> jax.Array:
-        """Returns the length of the longest query of a tile. No product of two vectors is more than of their lengths."""
+        """Returns the length of the longest query of a tile."""
         size = math.gcd(self.queries, _AT_ONCE)
 
         def longer(n, most_8L):

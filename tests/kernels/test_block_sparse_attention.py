@@ -151,13 +151,15 @@ def test_bfloat16():
 
 
 # Interpreted with races detected and fresh memory full of NaN. 16 heads are read in place, the others are brought
-# together, in groups filled up to 128 rows; a group's ids take several steps. The last case has blocks for each query.
+# together, in groups filled up to 128 rows; a group's ids take several steps. The last two cases have blocks for each
+# query; in one all scores are small, in the other those of some tiles of queries.
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
         ({"T": 50, "N": 32, "J": 9}, {"block_size": 32, "query_block": 16, "window_size": 41, "scale": 0.5}),
         ({"T": 70, "S": 90, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 50}),
         ({"T": 20, "S": 40, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 1, "window_size": 30}),
+        ({"T": 20, "S": 40, "N": 6, "H": 24, "J": 2}, {"block_size": 16, "query_block": 1, "scale": 0.4}),
     ],
 )
 def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
@@ -169,6 +171,8 @@ def test_tpu_kernel_agrees_with_ref(monkeypatch, sizes, options):
         "_KEYS": 32,
         "_GATHERED": 64,
         "_TOGETHER": 2,
+        "_AT_ONCE": 8,
+        "_SMALL": 23,
     }.items():
         monkeypatch.setattr(tpu_tokens, name, size)
     if "S" in sizes:  # One head at a time, and the gradients of two blocks.
