@@ -172,8 +172,8 @@ CASES = {
         "bf16[BTNP],f32[BNT]",
         tpu_kernel=True,
         sizes=_LONG,
-        # 1024 queries forward, 512 backward, each with 16 blocks chosen at random from those before it: 8 queries of one
-        # block are a part, 32 parts a trip, 4096 keys a step. The average of drawing and counting.
+        # 1024 queries forward, 512 backward, each with 16 blocks drawn from those before it: 8 queries of a block are a
+        # part, 32 parts a trip, 4096 keys a step. The average of drawing and counting.
         kernel_trips={"forward": 8.6, "backward": 4.66},
     ),
     "grouped_matmul": Case(

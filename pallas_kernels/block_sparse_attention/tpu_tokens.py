@@ -114,8 +114,7 @@ def _forward_kernel(
     def _():
         sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
         bound[0] = abs(scale) * k_length[0, 0] * lists.length(q)
-
-        # The reference of small scores is 0, and remains it.
+        # That of small scores stays 0.
         max_QGL[...] = jnp.full_like(max_QGL, jnp.where(bound[0] <= _SMALL, 0, _START))
 
     def score(part):
@@ -144,8 +143,7 @@ def _forward_kernel(
     def add(part):
         part.add(sums_QCGL, part.p, part.values_RP, part.shrink)
 
-    # No power of two, no sum of them and no product with a value is near the ends of float32: nothing has to know the
-    # largest score, or wait for it.
+    # Nothing has to know the largest of small scores, or wait for it.
     is_small = bound[0] <= _SMALL
     for_parts = functools.partial(lists.for_parts, tile, starts, chosen, tokens)
     pl.when(is_small)(lambda: for_parts(score, weigh_small, add_small))
@@ -305,8 +303,10 @@ class _Lists:
         self._missing = num_tiles * self.queries - T
         ids_BTKJ = jnp.pad(block_ids, ((0, 0), (0, self._missing), (0, 0), (0, 0)), constant_values=-1)
         ids_XITJ = jnp.moveaxis(ids_BTKJ, 2, 1).reshape(B * K, num_tiles, self.queries, J)
-        ids_XITJ = jnp.where(ids_XITJ < 0, self.num_blocks, ids_XITJ)
-        pairs_XITJ = ids_XITJ * self.queries + jnp.arange(self.queries, dtype=jnp.int32)[:, None]
+        is_block_XITJ, places_QJ = ids_XITJ >= 0, jnp.arange(self.queries, dtype=jnp.int32)[:, None]
+        ids_XITJ = jnp.where(is_block_XITJ, ids_XITJ, self.num_blocks)
+        # Behind the last list stands a tile's first query, which, unlike its last one, is never beyond the row.
+        pairs_XITJ = ids_XITJ * self.queries + jnp.where(is_block_XITJ, places_QJ, 0)
         pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3, stable=False) % self.queries
         # Whole parts are read.
         self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, _TOGETHER)))
@@ -386,7 +386,7 @@ class _Lists:
         return pl.BlockSpec((None, 1, 1), lambda x, i, c: (x, 0, 0), memory_space=pltpu.SMEM)
 
     def to_lengths(self, k: jax.Array) -> jax.Array:
-        """Returns, `[X 1 1]`, the length of the longest key of each row and head."""
+        """Returns, `[X 1 1]`, the length of the longest key. No product of two vectors is more than their lengths'."""
         squares_BSK = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=3)
         return jnp.sqrt(jnp.max(squares_BSK, axis=1, initial=0)).reshape(-1, 1, 1)
 
@@ -397,9 +397,8 @@ class _Lists:
         def longer(n, most_8L):
             q_RH = q[pl.ds(pl.multiple_of(n * size, size), size)].reshape(size * self.G, -1).astype(jnp.float32)
             squares_R1 = jnp.sum(jnp.square(q_RH), axis=1, keepdims=True)
-            return jnp.maximum(
-                most_8L, jnp.max(jnp.broadcast_to(squares_R1, (size * self.G, LANES)).reshape(-1, 8, LANES), axis=0)
-            )
+            squares_R8L = jnp.broadcast_to(squares_R1, (size * self.G, LANES)).reshape(-1, 8, LANES)
+            return jnp.maximum(most_8L, jnp.max(squares_R8L, axis=0))
 
         most_8L = jax.lax.fori_loop(0, self.queries // size, longer, jnp.zeros((8, LANES), jnp.float32))
         return jnp.sqrt(jnp.max(most_8L, keepdims=True))[0, 0]
@@ -415,8 +414,9 @@ class _Lists:
     def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
         """Takes all who chose a block of a tile of keys, part by part, through the stages.
 
-        Several parts are taken at a time, each a stage behind the one before. A query may be in two of them, so an
-        array that a stage writes is no other stage's: its parts then come one after the other.
+        Many parts are taken at a time, of all blocks that they come from, each a stage behind the one before, so that
+        one waits while others compute. A query may be in several of them: what a stage writes, no other stage touches,
+        and the parts pass a stage in order.
         """
         first = key_tile * self.blocks_per_tile
         beyond = first + self.blocks_per_tile
