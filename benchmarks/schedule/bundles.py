@@ -35,6 +35,8 @@ class Branch:
     last: int
     chance: float | None
     """Of being taken, where the predicate compares an index of the grid with a number; None: it depends on data."""
+    predicate: str
+    """That skips it. What starts with `!` is the other side of what does not."""
 
 
 _HEAD = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
@@ -127,7 +129,7 @@ def find_branches(bundles: list[Bundle], loop: Loop, grid: tuple[int, ...]) -> l
             copies = _PIPELINE in "".join(bundle.text for bundle in inside)
             if inside and not copies and not _is_step(predicate, body, loop.trips):
                 chance = _chance(predicate, body, grid)
-                branches.append(Branch(i + 1 + _DELAY_SLOTS, target - 1, chance))
+                branches.append(Branch(i + 1 + _DELAY_SLOTS, target - 1, chance, predicate))
     return branches
 
 

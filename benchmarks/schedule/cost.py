@@ -6,7 +6,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from benchmarks.schedule.bundles import Bundle, Loop, find_branches, find_loops
+from benchmarks.schedule.bundles import Branch, Bundle, Loop, find_branches, find_loops
 from benchmarks.schedule.chips import Chip
 
 
@@ -42,7 +42,8 @@ def cost(
 
     Args:
       slots: those that each bundle fills.
-      branches_taken: how often a branch is taken that depends on data.
+      branches_taken: how often a branch is taken that depends on data. Of the two sides of one test, the one that
+        costs less is: as of the conditionals of XLA.
       trips_by_data: how often, on average, a loop runs whose length depends on data.
     """
     steps = math.prod(grid)
@@ -61,11 +62,14 @@ def cost(
                 issues[i] *= loop.trips or 1
     outside = sum(issues[: body.first]) + sum(issues[body.last + 1 :])
     usual = [True] * len(bundles)
-    for branch in find_branches(bundles, body, grid):
-        chance = branches_taken if branch.chance is None else branch.chance
+    branches = find_branches(bundles, body, grid)
+    bundles_of = lambda branch: sum(issues[branch.first : branch.last + 1])
+    dearer = {max(sides, key=bundles_of) for sides in _both_sides(branches)}
+    for branch in branches:
+        chance = 0.0 if branch in dearer else branches_taken if branch.chance is None else branch.chance
         for i in range(branch.first, branch.last + 1):
             issues[i] *= chance
-            usual[i] &= branch.chance is None or branch.chance > 0.5
+            usual[i] &= branch not in dearer and (branch.chance is None or branch.chance > 0.5)
 
     inside = range(body.first, body.last + 1)
     bundles_step = sum(issues[i] for i in inside)
@@ -94,6 +98,11 @@ def cost(
         spills_step=sum(issues[i] * slots[i]["VSTORE:SPILL"] for i in inside),
         remarks=tuple(remarks),
     )
+
+
+def _both_sides(branches: list[Branch]) -> list[tuple[Branch, Branch]]:
+    by_predicate = {branch.predicate: branch for branch in branches if branch.chance is None}
+    return [(branch, by_predicate[f"!{p}"]) for p, branch in by_predicate.items() if f"!{p}" in by_predicate]
 
 
 def _grid_loop(loops: list[Loop], bundles: list[Bundle], steps: int, chip: Chip) -> tuple[Loop, int, list[str]]:

@@ -1,6 +1,8 @@
 """Reads a compiled program: which kernels it calls, and what XLA does around them."""
 
 import re
+import types
+from collections.abc import Mapping
 
 # Computations start at the margin, instructions are indented by two; attributes may run over several lines.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", re.MULTILINE)
@@ -18,8 +20,18 @@ def kernel_calls(hlo: str) -> list[tuple[str, str]]:
     return calls
 
 
-def glue_cycles(hlo: str, trips_by_data: int | None = None) -> tuple[float, int]:
+def sorts(hlo: str) -> dict[str, str]:
+    """Returns what each instruction sorts, its shape. XLA estimates nothing of them."""
+    found = re.findall(r"^  (?:ROOT )?%([\w.\-]+) = (.*?)(?:\{.*)? sort\(", hlo, re.MULTILINE)
+    return dict(found)
+
+
+def glue_cycles(
+    hlo: str, trips_by_data: int | None = None, cycles_of: Mapping[str, float] = types.MappingProxyType({})
+) -> tuple[float, int]:
     """Returns XLA's `estimated_cycles` of all but the kernels, and how many loops have an unknown length.
+
+    Instructions without an estimate take `cycles_of` their names.
 
     Bodies of loops count as often as they run (`cost_analysis()` counts them once), and of a conditional the branch
     that costs less: the other one is for rows with padding between their tokens, which packing does not make.
@@ -52,6 +64,8 @@ def glue_cycles(hlo: str, trips_by_data: int | None = None) -> tuple[float, int]
                 total += min(cycles(branch.strip(" %")) for branch in branches[1].split(","))
             elif estimate:
                 total += int(estimate[1])
+            else:
+                total += cycles_of.get(instruction.removeprefix("ROOT ").removeprefix("%").split(" ")[0], 0)
         return total
 
     return cycles(entry), num_unknown

@@ -5,6 +5,8 @@ import dataclasses
 import pathlib
 import re
 import tempfile
+import types
+from collections.abc import Mapping
 
 from benchmarks.schedule import compile, hlo
 from benchmarks.schedule.bundles import read_bundles, read_slots
@@ -42,7 +44,7 @@ def measure(
     chip: Chip,
     branches_taken: float = 1.0,
     trips_by_data: int | None = None,
-    kernel_trips_by_data: float | None = None,
+    kernel_trips_by_data: Mapping[str, float] = types.MappingProxyType({}),
     keep: pathlib.Path | None = None,
 ) -> Measurement:
     """Compiles and reads; the dump stays in `keep` if given.
@@ -50,7 +52,7 @@ def measure(
     Args:
       branches_taken: how often a kernel takes a branch that depends on data.
       trips_by_data: how often an XLA loop runs whose length depends on data.
-      kernel_trips_by_data: the same of loops in kernels, on average.
+      kernel_trips_by_data: the same of loops in kernels, on average, by what is in the names of the kernels.
 
     Raises:
       RuntimeError: it does not compile.
@@ -65,11 +67,18 @@ def measure(
         for call, kernel in match(hlo.kernel_calls(program), traced):
             bundles, (_, slots) = read_bundles(_read(folder, call, _BUNDLES)), read_slots(_read(folder, call, _SLOTS))
             hbm_bytes = kernel.hbm_bytes - (1 - branches_taken) * kernel.hbm_bytes_by_data
-            costs = cost(bundles, slots, kernel.grid, hbm_bytes, chip, branches_taken, kernel_trips_by_data)
+            trips = next((trips for name, trips in kernel_trips_by_data.items() if name in kernel.name), None)
+            costs = cost(bundles, slots, kernel.grid, hbm_bytes, chip, branches_taken, trips)
             kernels.append(KernelCost(name=call, calls=kernel.calls, cost=costs))
             if kernel.copies_by_hand:
                 remarks.append(f"{call} copies by hand as well: its bandwidth floor is too low")
-    glue, num_unknown = hlo.glue_cycles(program, trips_by_data)
+    shapes, by_shape = hlo.sorts(program), {}
+    for name, shape in shapes.items():
+        if _find(folder, name, _BUNDLES):  # Those that are the same are compiled once.
+            bundles, (_, slots) = read_bundles(_read(folder, name, _BUNDLES)), read_slots(_read(folder, name, _SLOTS))
+            by_shape[shape] = cost(bundles, slots, (), 0, chip).cycles
+    sorts = {name: by_shape[shape] for name, shape in shapes.items()}
+    glue, num_unknown = hlo.glue_cycles(program, trips_by_data, sorts)
     remarks += [f"{kernel.name}: {remark}" for kernel in kernels for remark in kernel.cost.remarks]
     remarks += [f"{num_unknown} loops have an unknown length and count once"] * (num_unknown > 0)
     return Measurement(
@@ -105,11 +114,14 @@ def match(calls: list[tuple[str, str]], kernels: list[Kernel]) -> list[tuple[str
     return pairs
 
 
-def _read(folder: pathlib.Path, call: str, kind: str) -> str:
+def _find(folder: pathlib.Path, call: str, kind: str) -> list[pathlib.Path]:
     # A time, the name of the instruction, the number of the pass, the pass.
-    found = [
-        path for path in (folder / "llo").iterdir() if re.fullmatch(rf"\d+-{re.escape(call)}-\d+-{kind}", path.name)
-    ]
+    pattern = re.compile(rf"\d+-{re.escape(call)}-\d+-{kind}")
+    return [path for path in (folder / "llo").iterdir() if pattern.fullmatch(path.name)]
+
+
+def _read(folder: pathlib.Path, call: str, kind: str) -> str:
+    found = _find(folder, call, kind)
     if len(found) != 1:
         raise ValueError(f"libtpu left {len(found)} files {kind} of {call}")
     return found[0].read_text(errors="replace")

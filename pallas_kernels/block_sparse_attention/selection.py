@@ -52,7 +52,7 @@ def canonical(block_ids: jax.Array, num_blocks: int) -> jax.Array:
     """Returns the ids in order, each once, and -1 after them."""
     largest = jnp.iinfo(block_ids.dtype).max
     is_block = (block_ids >= 0) & (block_ids < num_blocks)
-    ordered = jnp.sort(jnp.where(is_block, block_ids, largest), axis=-1)
+    ordered = jnp.sort(jnp.where(is_block, block_ids, largest), axis=-1, stable=False)
     is_new = jnp.diff(ordered, axis=-1, prepend=-1) != 0
-    ordered = jnp.sort(jnp.where(is_new, ordered, largest), axis=-1)
+    ordered = jnp.sort(jnp.where(is_new, ordered, largest), axis=-1, stable=False)
     return jnp.where(ordered < largest, ordered, -1)

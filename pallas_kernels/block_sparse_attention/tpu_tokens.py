@@ -27,9 +27,11 @@ from pallas_kernels.block_sparse_attention.tpu_layout import (
 _LOG2_E = math.log2(math.e)
 _MASKED, _START = -2e30, -1e30
 # Queries of a tile, keys of a tile, and rows that are gathered at a time.
-_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 2048, 512
-# Queries that a stage takes.
-_TOGETHER = 8
+_FORWARD_QUERIES, _BACKWARD_QUERIES, _KEYS, _GATHERED = 1024, 512, 4096, 4096
+# Queries of a part, which all chose the same block; and those whose results are written at once.
+_TOGETHER, _AT_ONCE = 8, 32
+# Scores between which powers of two, their sums and their products with values stay far from the ends of float32.
+_SMALL = 64
 # Of VMEM for the queries of a tile, the gradients of keys beside them; and ids of a tile, which lie in SMEM.
 _FORWARD_BYTES, _BACKWARD_BYTES, _MAX_IDS = 44 * 2**20, 26 * 2**20, 2**15
 _TILE = 16  # Rows of bfloat16.
@@ -38,22 +40,26 @@ _VMEM = 64 * 2**20
 
 def forward(options, q, k, v, block_ids, segment_ids):
     """Returns o and lse, `[B T N]`."""
-    (B, T, N, H), K, P, L = q.shape, k.shape[2], v.shape[3], options.block_size
+    (B, T, N, H), K, P = q.shape, k.shape[2], v.shape[3]
     # Blocks of q and o, of which there are two each, and what the softmaxes have summed up.
-    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (LANES + lanes(L) + lanes(P))
+    row_bytes = 2 * q.dtype.itemsize * (lanes(H) + lanes(P)) + 4 * (2 * LANES + lanes(P))
     lists = _Lists(options, q, k, block_ids, _FORWARD_QUERIES, _FORWARD_BYTES // row_bytes)
     o, lse = pl.pallas_call(
         functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
         name="block_sparse_attention_tokens_forward",
         grid=lists.grid,
-        in_specs=[*lists.specs(H, P), lists.of_queries(H)],
+        in_specs=[*lists.specs(H, P), lists.of_queries(H), lists.lengths()],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
-        scratch_shapes=[pltpu.VMEM((lists.rows, width), jnp.float32) for width in (LANES, L, P)],
+        scratch_shapes=[
+            pltpu.VMEM((lists.queries, 1 + lanes(P) // LANES, lists.G, LANES), jnp.float32),
+            pltpu.VMEM((lists.queries, lists.G, LANES), jnp.float32),
+            pltpu.SMEM((1,), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q))
+    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q), lists.to_lengths(k))
     o = o.reshape(B, T, K, -1, P)[:, :, :, : N // K].reshape(B, T, N, P)
     lse_BKTG = lse.reshape(B, K, -1, lists.G)[:, :, :T, : N // K]
     return o, jnp.moveaxis(lse_BKTG, 1, 2).reshape(B, T, N)
@@ -79,9 +85,7 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
             jax.ShapeDtypeStruct((B * K, S, P), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((lists.rows, LANES), jnp.float32),
-            pltpu.VMEM((lists.rows, LANES), jnp.float32),
-            pltpu.VMEM((lists.rows, H), jnp.float32),
+            *(pltpu.VMEM((lists.queries, lists.G, width), jnp.float32) for width in (LANES, LANES, H)),
             pltpu.VMEM((S, H), jnp.float32),
             pltpu.VMEM((S, P), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
@@ -101,133 +105,129 @@ def backward(options, dq_dtype, at, q, k, v, block_ids, segment_ids, lse_BTN, do
     return dq, (options.scale * undo(dk, k)).astype(k.dtype), undo(dv, v).astype(v.dtype)
 
 
-def _forward_kernel(scale, lists, tokens, starts, first, span, k, v, places, q, o, lse_1R, max_RL, sum_RL, o_RP):
-    G, L, tile = q.shape[1], k.shape[1], pl.program_id(2)
+def _forward_kernel(
+    scale, lists, tokens, starts, chosen, first, span, k, v, places, q, k_length, o, lse_1R, sums_QCGL, max_QGL, bound
+):
+    L, tile = k.shape[1], pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        max_RL[...] = jnp.full_like(max_RL, _START)
-        sum_RL[...] = jnp.zeros_like(sum_RL)
-        o_RP[...] = jnp.zeros_like(o_RP)
+        sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
+        bound[0] = abs(scale) * k_length[0, 0] * lists.length(q)
+        # That of small scores stays 0.
+        max_QGL[...] = jnp.full_like(max_QGL, jnp.where(bound[0] <= _SMALL, 0, _START))
 
-    @pl.loop(0, lists.blocks_per_tile)
-    def _(c):
-        block = tile * lists.blocks_per_tile + c
-        start, end = starts[0, block], starts[0, block + 1]
-        k_LH, v_LP = k[c], v[c]
-        places_GL = jnp.broadcast_to(places[c], (G, L))
+    def score(part):
+        part.scores_RL = scale * lists.dot(part.gather(q), k[part.block], (1, 1))
 
-        @pl.loop(0, pl.cdiv(end - start, lists.gathered))
-        def _(n):
-            def read(part):
-                part.scores_RL = scale * lists.dot(part.gather(q), k_LH, (1, 1))
-                part.max, part.sum = part.read(max_RL), part.read(sum_RL)
+    def weigh_small(part):
+        part.p = [jnp.exp2(scores_GL) for scores_GL in part.visible(part.scores_RL, first, span, places)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
 
-            def weigh(part):
-                part.shrink, p = [], []
-                for w, (t, old_GL, sum_GL) in enumerate(zip(part.queries, part.max, part.sum, strict=True)):
-                    is_seen_GL = places_GL - first[0, t] <= span[0, t]
-                    scores_GL = jnp.where(is_seen_GL, part.scores_RL[w * G : (w + 1) * G], _MASKED)
-                    new_GL = jnp.maximum(old_GL, jnp.max(scores_GL, axis=1, keepdims=True))
-                    p.append(jnp.exp2(scores_GL - widen(new_GL, L)))
-                    part.shrink.append(jnp.exp2(old_GL - new_GL))
-                    max_RL[part.rows[w]] = new_GL
-                    sum_RL[part.rows[w]] = widen(part.shrink[w], L) * sum_GL + p[w]
-                part.o = part.read(o_RP)
-                part.values_RP = lists.dot(jnp.concatenate(p, axis=0).astype(v_LP.dtype), v_LP, (1, 0))
+    def add_small(part):
+        part.add(sums_QCGL, part.p, part.values_RP)
 
-            def add(part):
-                for w, (o_GP, shrink_GL) in enumerate(zip(part.o, part.shrink, strict=True)):
-                    o_RP[part.rows[w]] = widen(shrink_GL, o_GP.shape[1]) * o_GP + part.values_RP[w * G : (w + 1) * G]
+    def find_max(part):
+        score(part)
+        part.scores = part.visible(part.scores_RL, first, span, places)
+        part.max = [jnp.max(scores_GL, axis=1, keepdims=True) for scores_GL in part.scores]
 
-            lists.for_parts(start + n * lists.gathered, end, tokens, read, weigh, add)
+    def weigh(part):
+        old = part.read(max_QGL)
+        new = [jnp.maximum(old_GL, max_G1) for old_GL, max_G1 in zip(old, part.max, strict=True)]
+        part.write(max_QGL, new)
+        part.shrink = [jnp.exp2(old_GL - new_GL) for old_GL, new_GL in zip(old, new, strict=True)]
+        part.p = [jnp.exp2(scores_GL - widen(new_GL, L)) for scores_GL, new_GL in zip(part.scores, new, strict=True)]
+        part.values_RP = lists.dot(jnp.concatenate(part.p, axis=0).astype(v.dtype), v[part.block], (1, 0))
+
+    def add(part):
+        part.add(sums_QCGL, part.p, part.values_RP, part.shrink)
+
+    # Nothing has to know the largest of small scores, or wait for it.
+    is_small = bound[0] <= _SMALL
+    for_parts = functools.partial(lists.for_parts, tile, starts, chosen, tokens)
+    pl.when(is_small)(lambda: for_parts(score, weigh_small, add_small))
+    pl.when(jnp.logical_not(is_small))(lambda: for_parts(find_max, weigh, add))
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
-        @pl.loop(0, lists.queries // 8)
-        def _(n):
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            sums_R1 = jnp.sum(sum_RL[rows], axis=1, keepdims=True)
-            sums_RL = jnp.broadcast_to(sums_R1, (8 * G, LANES))
-            is_blind_RL = sums_RL == 0
-            sums_RL = jnp.where(is_blind_RL, 1, sums_RL)
-            o_8GP = (o_RP[rows] / widen(sums_RL, o_RP.shape[1])).reshape(8, G, -1)
-            o[pl.ds(pl.multiple_of(n * 8, 8), 8)] = o_8GP.astype(o.dtype)
-            lse_RL = jnp.where(is_blind_RL, -jnp.inf, (max_RL[rows] + jnp.log2(sums_RL)) / _LOG2_E)
-            lse_1R[:, rows] = lse_RL.T[:1]
+        lists.for_queries(lambda queries: _divide(queries, sums_QCGL, max_QGL, o, lse_1R))
+
+
+def _divide(queries, sums_QCGL, max_QGL, o, lse_1R) -> None:
+    """Writes the outputs of some queries, and the logarithms of what they are divided by."""
+    Q, G, P = queries.size, o.shape[1], o.shape[2]
+    sums_QG1 = jnp.sum(sums_QCGL[queries, 0], axis=2, keepdims=True)
+    sums_QGL = jnp.broadcast_to(sums_QG1, (Q, G, LANES))
+    is_blind_QGL = sums_QGL == 0
+    sums_QGL = jnp.where(is_blind_QGL, 1, sums_QGL)
+    for c in range(sums_QCGL.shape[1] - 1):
+        column = slice(c * LANES, min((c + 1) * LANES, P))
+        o_QGL = sums_QCGL[queries, 1 + c] / sums_QGL
+        o[queries, :, column] = o_QGL[:, :, : column.stop - column.start].astype(o.dtype)
+    lse_QGL = jnp.where(is_blind_QGL, -jnp.inf, (max_QGL[queries] + jnp.log2(sums_QGL)) / _LOG2_E)
+    rows = pl.ds(pl.multiple_of(queries.start * G, Q * G), Q * G)
+    lse_1R[:, rows] = lse_QGL.reshape(Q * G, LANES).T[:1]
 
 
 def _backward_kernel(
-    scale, lists, tokens, starts, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
+    scale, lists, tokens, starts, chosen, first, span, k, v, places, q, do, lse_1R, shift_1R, dq, dk, dv, *scratch
 ):
-    lse_RL, shift_RL, dq_RH, dk_SH, dv_SP, done = scratch
+    lse_QGL, shift_QGL, dq_QGH, dk_SH, dv_SP, done = scratch
     G, L, (x, i, tile) = q.shape[1], k.shape[1], (pl.program_id(axis) for axis in range(3))
 
     @pl.when(tile == 0)
     def _():
-        dq_RH[...] = jnp.zeros_like(dq_RH)
-        for numbers_1R, columns_RL in ((lse_1R, lse_RL), (shift_1R, shift_RL)):
-            columns_RL[lists.rows - G :] = jnp.zeros((G, LANES), jnp.float32)
+        dq_QGH[...] = jnp.zeros_like(dq_QGH)
 
-            @pl.loop(0, lists.queries // 8)
-            def _(n, numbers_1R=numbers_1R, columns_RL=columns_RL):
-                rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-                columns_RL[rows] = jnp.broadcast_to(numbers_1R[:, rows], (LANES, 8 * G)).T
+        def broadcast(queries):
+            rows = pl.ds(pl.multiple_of(queries.start * G, queries.size * G), queries.size * G)
+            for numbers_1R, columns_QGL in ((lse_1R, lse_QGL), (shift_1R, shift_QGL)):
+                columns_RL = jnp.broadcast_to(numbers_1R[:, rows], (LANES, rows.size)).T
+                columns_QGL[queries] = columns_RL.reshape(-1, G, LANES)
+
+        lists.for_queries(broadcast)
 
         @pl.when(i == 0)
         def _():
             dk_SH[...] = jnp.zeros_like(dk_SH)
             dv_SP[...] = jnp.zeros_like(dv_SP)
 
-    @pl.loop(0, lists.blocks_per_tile)
-    def _(c):
-        block = tile * lists.blocks_per_tile + c
-        start, end = starts[0, block], starts[0, block + 1]
-        k_LH, v_LP = k[c], v[c]
-        places_GL = jnp.broadcast_to(places[c], (G, L))
-        of_block = pl.ds(pl.multiple_of(block * L, L), L)
+    def score(part):
+        part.q_RH, part.do_RP = part.gather(q), part.gather(do)
+        part.scores_RL = scale * _LOG2_E * lists.dot(part.q_RH, k[part.block], (1, 1))
+        part.dp_RL = lists.dot(part.do_RP, v[part.block], (1, 1))
 
-        @pl.loop(0, pl.cdiv(end - start, lists.gathered))
-        def _(n):
-            parts = []
+    def weigh(part):
+        p, ds = [], []
+        for scores_GL, dp_GL, lse_GL, shift_GL in zip(
+            part.visible(part.scores_RL, first, span, places),
+            part.split(part.dp_RL),
+            part.read(lse_QGL),
+            part.read(shift_QGL),
+            strict=True,
+        ):
+            p.append(jnp.exp2(scores_GL - widen(lse_GL, L)))
+            ds.append(p[-1] * (dp_GL - widen(shift_GL, L)))
+        p_RL, ds_RL = (jnp.concatenate(a, axis=0).astype(k.dtype) for a in (p, ds))
+        part.dq = part.split(lists.dot(ds_RL, k[part.block], (1, 0)))
+        part.dk_LH = lists.dot(ds_RL, part.q_RH, (0, 0))
+        part.dv_LP = lists.dot(p_RL, part.do_RP, (0, 0))
 
-            def read(part):
-                part.q_RH, part.do_RP = part.gather(q), part.gather(do)
-                part.scores_RL = scale * _LOG2_E * lists.dot(part.q_RH, k_LH, (1, 1))
-                part.dp_RL = lists.dot(part.do_RP, v_LP, (1, 1))
+    def add(part):
+        part.write(dq_QGH, [a + b for a, b in zip(part.read(dq_QGH), part.dq, strict=True)])
+        of_block = pl.ds(pl.multiple_of((tile * lists.blocks_per_tile + part.block) * L, L), L)
+        dk_SH[of_block] += part.dk_LH
+        dv_SP[of_block] += part.dv_LP
 
-            def weigh(part):
-                p, ds = [], []
-                for w, t in enumerate(part.queries):
-                    rows = slice(w * G, (w + 1) * G)
-                    is_seen_GL = places_GL - first[0, t] <= span[0, t]
-                    scores_GL = jnp.where(is_seen_GL, part.scores_RL[rows], _MASKED)
-                    p.append(jnp.exp2(scores_GL - widen(lse_RL[part.rows[w]], L)))
-                    ds.append(p[w] * (part.dp_RL[rows] - widen(shift_RL[part.rows[w]], L)))
-                part.p_RL, part.ds_RL = (jnp.concatenate(a, axis=0).astype(k_LH.dtype) for a in (p, ds))
-                part.dq = part.read(dq_RH)
-                part.dq_RH = lists.dot(part.ds_RL, k_LH, (1, 0))
-                parts.append(part)
-
-            def add(part):
-                for w, dq_GH in enumerate(part.dq):
-                    dq_RH[part.rows[w]] = dq_GH + part.dq_RH[w * G : (w + 1) * G]
-
-            lists.for_parts(start + n * lists.gathered, end, tokens, read, weigh, add)
-            ds_RL, q_RH, p_RL, do_RP = (
-                jnp.concatenate([getattr(part, name) for part in parts], axis=0)
-                for name in ("ds_RL", "q_RH", "p_RL", "do_RP")
-            )
-            dk_SH[of_block] += lists.dot(ds_RL, q_RH, (0, 0))
-            dv_SP[of_block] += lists.dot(p_RL, do_RP, (0, 0))
+    lists.for_parts(tile, starts, chosen, tokens, score, weigh, add)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _():
-        @pl.loop(0, lists.queries // 8)
-        def _(n):
-            rows = pl.ds(pl.multiple_of(n * 8 * G, 8 * G), 8 * G)
-            dq_8GH = scale * dq_RH[rows].reshape(8, G, -1)
-            dq[pl.ds(pl.multiple_of(n * 8, 8), 8)] = dq_8GH.astype(dq.dtype)
+        def write(queries):
+            dq[queries] = (scale * dq_QGH[queries]).astype(dq.dtype)
+
+        lists.for_queries(write)
 
         @pl.when(i == pl.num_programs(1) - 1)
         def _():
@@ -235,21 +235,54 @@ def _backward_kernel(
 
 
 class _Part:
-    """Some queries that chose a block; beyond its list, one that sees nothing, and whose results nothing reads."""
+    """Some queries that chose a block, G rows each; behind the last of them, ones that chose the next, blind here."""
 
-    def __init__(self, lists, start, end, tokens):
-        G = lists.G
-        places = [start + w for w in range(_TOGETHER)]
-        self.queries = [jnp.where(at < end, tokens[0, at], lists.queries) for at in places]
-        self.rows = [pl.ds(pl.multiple_of(t * G, G), G) for t in self.queries]
-        self._last = lists.queries
+    def __init__(self, G, block, start, num_left, tokens):
+        self.block, self._G, self._num_left = block, G, num_left
+        tokens = tokens.at[0, pl.ds(start, _TOGETHER)]
+        self._queries = [tokens[w] for w in range(_TOGETHER)]
 
-    def gather(self, ref):
-        # A tile's first query is one of the row, its last one may be beyond.
-        return jnp.concatenate([ref[jnp.where(t < self._last, t, 0)] for t in self.queries], axis=0)
+    def gather(self, ref) -> jax.Array:
+        return jnp.concatenate(self.read(ref), axis=0)
 
-    def read(self, ref):
-        return [ref[rows] for rows in self.rows]
+    def split(self, a_RX: jax.Array) -> list[jax.Array]:
+        return [a_RX[w * self._G : (w + 1) * self._G] for w in range(_TOGETHER)]
+
+    def read(self, ref) -> list[jax.Array]:
+        return [ref[t] for t in self._queries]
+
+    def write(self, ref, values: list[jax.Array]) -> None:
+        # The last first: a blind one, which writes what it read, may be one of those that see as well.
+        for t, value in reversed(list(zip(self._queries, values, strict=True))):
+            ref[t] = value
+
+    def add(self, sums_QCGL, p: list[jax.Array], values_RP: jax.Array, shrink: list[jax.Array] | None = None) -> None:
+        """Adds weights, lane upon lane, and values to sums, which are first scaled."""
+        cut = lambda a_GX: [a_GX[:, c : c + LANES] for c in range(0, a_GX.shape[1], LANES)]
+        more = [
+            [functools.reduce(jnp.add, cut(p_GL)), *cut(values_GP)]
+            for p_GL, values_GP in zip(p, self.split(values_RP), strict=True)
+        ]
+        at = [
+            [(t, c, slice(None), slice(0, a.shape[1])) for c, a in enumerate(m)]
+            for t, m in zip(self._queries, more, strict=True)
+        ]
+        old = [[sums_QCGL[i] for i in of_query] for of_query in at]
+        if shrink is not None:
+            old = [[x_GL[:, : a.shape[1]] * a for a in o] for x_GL, o in zip(shrink, old, strict=True)]
+        for of_query, o, m in reversed(list(zip(at, old, more, strict=True))):
+            for i, a, b in zip(of_query, o, m, strict=True):
+                sums_QCGL[i] = a + b
+
+    def visible(self, scores_RL: jax.Array, first, span, places) -> list[jax.Array]:
+        """Returns the scores of each query; those of keys that it does not see are as small as can be."""
+        places_1L = places[self.block]
+        num_left_1L = jnp.full(places_1L.shape, self._num_left)
+        visible = []
+        for w, (t, scores_GL) in enumerate(zip(self._queries, self.split(scores_RL), strict=True)):
+            is_seen_1L = (places_1L - first[0, t] <= span[0, t]) & (w < num_left_1L)
+            visible.append(jnp.where(jnp.broadcast_to(is_seen_1L, scores_GL.shape), scores_GL, _MASKED))
+        return visible
 
 
 class _Lists:
@@ -261,8 +294,8 @@ class _Lists:
         self.G = self.N // K + -(self.N // K) % _TILE
         most_queries = min(most_queries, most_rows // self.G, _MAX_IDS // J)
         self.queries = min(max(most_queries // 8, 1) * 8, T + -T % 8)
-        self.gathered = max(1, _GATHERED // self.G // _TOGETHER) * _TOGETHER
-        self.rows = (self.queries + 1) * self.G
+        self.parts = max(1, _GATHERED // self.G // _TOGETHER)
+        self.rows = self.queries * self.G
         self.blocks_per_tile = max(1, min(_KEYS, S) // L)
         num_tiles, num_key_tiles = pl.cdiv(T, self.queries), pl.cdiv(S, self.blocks_per_tile * L)
         self.grid = B * K, num_tiles, num_key_tiles
@@ -270,15 +303,19 @@ class _Lists:
         self._missing = num_tiles * self.queries - T
         ids_BTKJ = jnp.pad(block_ids, ((0, 0), (0, self._missing), (0, 0), (0, 0)), constant_values=-1)
         ids_XITJ = jnp.moveaxis(ids_BTKJ, 2, 1).reshape(B * K, num_tiles, self.queries, J)
-        ids_XITJ = jnp.where(ids_XITJ < 0, self.num_blocks, ids_XITJ)
-        pairs_XITJ = ids_XITJ * self.queries + jnp.arange(self.queries, dtype=jnp.int32)[:, None]
-        pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3) % self.queries
-        # Whole batches are read.
-        self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, self.gathered)))
-        is_before = (
-            ids_XITJ.reshape(B * K, num_tiles, 1, -1) < jnp.arange(self.num_blocks + 1, dtype=jnp.int32)[:, None]
-        )
-        self._starts = jnp.sum(is_before, axis=3, dtype=jnp.int32)[:, :, None]
+        is_block_XITJ, places_QJ = ids_XITJ >= 0, jnp.arange(self.queries, dtype=jnp.int32)[:, None]
+        ids_XITJ = jnp.where(is_block_XITJ, ids_XITJ, self.num_blocks)
+        # Behind the last list stands a tile's first query, which, unlike its last one, is never beyond the row.
+        pairs_XITJ = ids_XITJ * self.queries + jnp.where(is_block_XITJ, places_QJ, 0)
+        pairs_XI1L = jnp.sort(pairs_XITJ.reshape(B * K, num_tiles, 1, -1), axis=3, stable=False) % self.queries
+        # Whole parts are read.
+        self._tokens = jnp.pad(pairs_XI1L, ((0, 0), (0, 0), (0, 0), (0, _TOGETHER)))
+        counts_XIC = _counts(ids_XITJ.reshape(B * K, num_tiles, -1), self.num_blocks)
+        self._starts = jnp.pad(jnp.cumsum(counts_XIC, axis=2), ((0, 0), (0, 0), (1, 0)))[:, :, None]
+        # From each block on, the first that any query chose.
+        is_chosen_XI1C = jnp.diff(self._starts, axis=3, append=self._starts[..., -1:] + 1) > 0
+        blocks = jnp.arange(self.num_blocks + 1, dtype=jnp.int32)
+        self._chosen = jax.lax.cummin(jnp.where(is_chosen_XI1C, blocks, self.num_blocks), axis=3, reverse=True)
         self._precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def specs(self, H: int, P: int) -> list[pl.BlockSpec]:
@@ -289,8 +326,8 @@ class _Lists:
         )
         of_keys = lambda width: pl.BlockSpec((None, C, L, width), lambda x, i, c: (x, c, 0, 0))
         return [
-            *(scalars(a.shape[3], lambda x: x) for a in (self._tokens, self._starts)),
-            *[scalars(self.queries + 1, row)] * 2,
+            *(scalars(a.shape[3], lambda x: x) for a in (self._tokens, self._starts, self._chosen)),
+            *[scalars(self.queries, row)] * 2,
             of_keys(H),
             of_keys(P),
             pl.BlockSpec((None, C, 1, L), lambda x, i, c: (row(x), c, 0, 0)),
@@ -306,13 +343,13 @@ class _Lists:
 
         def of_queries(a_BS, fill):
             a_BT = jnp.pad(a_BS[:, -self.T :], ((0, 0), (0, self._missing)), constant_values=fill)
-            a_BI1T = a_BT.reshape(self.B, self.grid[1], 1, -1)
-            return jnp.pad(a_BI1T, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=fill)
+            return a_BT.reshape(self.B, self.grid[1], 1, -1)
 
         blocks = (key_blocks(a, self.blocks_per_tile * L) for a in (k, v))
         return [
             self._tokens,
             self._starts,
+            self._chosen,
             of_queries(first_BS, NOWHERE),
             of_queries(wrap(last_BS - first_BS), wrap(0)),
             *(a.reshape(a.shape[0], -1, L, a.shape[2]) for a in blocks),
@@ -335,27 +372,88 @@ class _Lists:
 
     def numbers(self) -> pl.BlockSpec:
         """Returns the blocks of an array with a number for each query and head."""
-        return pl.BlockSpec((None, None, 1, self.rows - self.G), lambda x, i, c: (x, i, 0, 0))
+        return pl.BlockSpec((None, None, 1, self.rows), lambda x, i, c: (x, i, 0, 0))
 
     def numbers_shape(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*self.grid[:2], 1, self.rows - self.G), jnp.float32)
+        return jax.ShapeDtypeStruct((*self.grid[:2], 1, self.rows), jnp.float32)
 
     def to_numbers(self, a_BTN: jax.Array) -> jax.Array:
         a_BTKG = self.fill_heads(a_BTN[..., None]).reshape(self.B, self.T, self.K, self.G)
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
-    def for_parts(self, start, end, tokens, *stages) -> None:
-        """Takes a batch of queries, some at a time, through the stages.
+    def lengths(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, 1, 1), lambda x, i, c: (x, 0, 0), memory_space=pltpu.SMEM)
 
-        Each is a stage behind the one before: what it reads of sums must not wait for what another writes to them.
+    def to_lengths(self, k: jax.Array) -> jax.Array:
+        """Returns, `[X 1 1]`, the length of the longest key. No product of two vectors is more than their lengths'."""
+        squares_BSK = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=3)
+        return jnp.sqrt(jnp.max(squares_BSK, axis=1, initial=0)).reshape(-1, 1, 1)
+
+    def length(self, q) -> jax.Array:
+        """Returns the length of the longest query of a tile."""
+        size = math.gcd(self.queries, _AT_ONCE)
+
+        def longer(n, most_8L):
+            q_RH = q[pl.ds(pl.multiple_of(n * size, size), size)].reshape(size * self.G, -1).astype(jnp.float32)
+            squares_R1 = jnp.sum(jnp.square(q_RH), axis=1, keepdims=True)
+            squares_R8L = jnp.broadcast_to(squares_R1, (size * self.G, LANES)).reshape(-1, 8, LANES)
+            return jnp.maximum(most_8L, jnp.max(squares_R8L, axis=0))
+
+        most_8L = jax.lax.fori_loop(0, self.queries // size, longer, jnp.zeros((8, LANES), jnp.float32))
+        return jnp.sqrt(jnp.max(most_8L, keepdims=True))[0, 0]
+
+    def for_queries(self, write) -> None:
+        """Calls it for all queries of a tile, some at a time."""
+        size = math.gcd(self.queries, _AT_ONCE)
+
+        @pl.loop(0, self.queries // size)
+        def _(n):
+            write(pl.ds(pl.multiple_of(n * size, size), size))
+
+    def for_parts(self, key_tile, starts, chosen, tokens, *stages) -> None:
+        """Takes all who chose a block of a tile of keys, part by part, through the stages.
+
+        Many parts are taken at a time, of all blocks that they come from, each a stage behind the one before, so that
+        one waits while others compute. A query may be in several of them: what a stage writes, no other stage touches,
+        and the parts pass a stage in order.
         """
-        parts = [_Part(self, start + w, end, tokens) for w in range(0, self.gathered, _TOGETHER)]
-        for i in range(len(parts) + len(stages) - 1):
-            for late, stage in enumerate(stages):
-                if 0 <= i - late < len(parts):
-                    stage(parts[i - late])
+        first = key_tile * self.blocks_per_tile
+        beyond = first + self.blocks_per_tile
+
+        def next_part(block, start):
+            known = jnp.minimum(block, beyond - 1)
+            end = jnp.where(block < beyond, starts[0, known + 1], 0)
+            part = _Part(self.G, known - first, start, end - start, tokens)
+            is_last = start + _TOGETHER >= end
+            return part, jnp.where(is_last, chosen[0, known + 1], block), jnp.where(is_last, end, start + _TOGETHER)
+
+        def take(at):
+            parts = []
+            for _ in range(self.parts):
+                part, *at = next_part(*at)
+                parts.append(part)
+            for i in range(len(parts) + len(stages) - 1):
+                for late, stage in enumerate(stages):
+                    if 0 <= i - late < len(parts):
+                        stage(parts[i - late])
+            return tuple(at)
+
+        jax.lax.while_loop(lambda at: at[0] < beyond, take, (chosen[0, first], starts[0, first]))
 
     def dot(self, a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
         dims = (((contracted[0],), (contracted[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dims, precision=self._precision, preferred_element_type=jnp.float32)
+
+
+def _counts(ids_XIM: jax.Array, num_blocks: int) -> jax.Array:
+    """Returns how often each block is in a list, `[X I num_blocks]`.
+
+    By the two digits of its id, as a product of matrices: comparing each id with each block takes three times as long
+    as all else around the kernels.
+    """
+    base = math.isqrt(num_blocks) + 1
+    is_digit = lambda digits_XIM: (digits_XIM[..., None] == jnp.arange(base)).astype(jnp.bfloat16)
+    high, low = is_digit(ids_XIM // base), is_digit(ids_XIM % base)
+    counts = jnp.einsum("ximh,ximl->xihl", high, low, preferred_element_type=jnp.float32)
+    return counts.reshape(*ids_XIM.shape[:2], -1)[..., :num_blocks].astype(jnp.int32)

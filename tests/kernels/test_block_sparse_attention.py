@@ -163,9 +163,10 @@ def test_bfloat16():
 
 # With those of all blocks, below: each number of query heads to a key/value head and each size of blocks, for queries
 # with ids of their own (query_block 1) and for such as share them, as many as fill 128 rows or more. 16 heads are read
-# in place. In one case there are ids for one head at a time, and in two memory for the gradients of two blocks.
+# in place. In one case there are ids for one head at a time, and in two memory for the gradients of two blocks. Where
+# the scale is 0.4, some tiles of queries with ids of their own have small scores; where it is 0.5, none; else all.
 TPU_CASES = [
-    ({"G": 2, "T": 18, "S": 75}, {"block_size": 32, "query_block": 1, "window_size": 30}),
+    ({"G": 2, "T": 18, "S": 75}, {"block_size": 32, "query_block": 1, "window_size": 30, "scale": 0.4}),
     ({"G": 3, "K": 1, "T": 18, "S": 150, "two_blocks": True}, {"block_size": 64, "query_block": 1}),
     ({"G": 8, "T": 1, "S": 300, "J": 6}, {"block_size": 128, "query_block": 1, "scale": 0.5}),
     ({"G": 16, "K": 1, "T": 17, "S": 50}, {"block_size": 16, "query_block": 1}),
@@ -188,8 +189,15 @@ def interpret(*args, **options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles of queries and of keys, and several parts of each."""
-    sizes = {"_FORWARD_QUERIES": 16, "_BACKWARD_QUERIES": 8, "_KEYS": 32, "_GATHERED": 64, "_TOGETHER": 2}
-    for name, size in sizes.items():
+    sizes = {
+        "_FORWARD_QUERIES": 16,
+        "_BACKWARD_QUERIES": 8,
+        "_KEYS": 32,
+        "_GATHERED": 64,
+        "_TOGETHER": 2,
+        "_AT_ONCE": 8,
+    }
+    for name, size in {**sizes, "_SMALL": 23}.items():
         monkeypatch.setattr(tpu_tokens, name, size)
     monkeypatch.setattr(tpu_groups, "_FORWARD_KEYS", 128)
     monkeypatch.setattr(tpu_groups, "_BACKWARD_KEYS", 128)
