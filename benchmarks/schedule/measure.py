@@ -72,12 +72,15 @@ def measure(
             kernels.append(KernelCost(name=call, calls=kernel.calls, cost=costs))
             if kernel.copies_by_hand:
                 remarks.append(f"{call} copies by hand as well: its bandwidth floor is too low")
-    shapes, by_shape = hlo.sorts(program), {}
-    for name, shape in shapes.items():
-        if _find(folder, name, _BUNDLES):  # Those that are the same are compiled once.
-            bundles, (_, slots) = read_bundles(_read(folder, name, _BUNDLES)), read_slots(_read(folder, name, _SLOTS))
-            by_shape[shape] = cost(bundles, slots, (), 0, chip).cycles
-    sorts = {name: by_shape[shape] for name, shape in shapes.items()}
+        shapes, by_shape = hlo.sorts(program), {}
+        for name, shape in shapes.items():
+            if _find(folder, name, _BUNDLES):
+                bundles, (_, slots) = (
+                    read_bundles(_read(folder, name, _BUNDLES)),
+                    read_slots(_read(folder, name, _SLOTS)),
+                )
+                by_shape[shape] = cost(bundles, slots, (), 0, chip).cycles
+        sorts = {name: by_shape[shape] for name, shape in shapes.items()}
     glue, num_unknown = hlo.glue_cycles(program, trips_by_data, sorts)
     remarks += [f"{kernel.name}: {remark}" for kernel in kernels for remark in kernel.cost.remarks]
     remarks += [f"{num_unknown} loops have an unknown length and count once"] * (num_unknown > 0)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.schedule.bundles import find_branches, find_loops, read_bundles, read_slots
 from benchmarks.schedule.chips import CHIPS
 from benchmarks.schedule.cost import cost
-from benchmarks.schedule.hlo import glue_cycles, kernel_calls
+from benchmarks.schedule.hlo import glue_cycles, kernel_calls, sorts
 from benchmarks.schedule.measure import match
 from benchmarks.schedule.pallas import Kernel, find_kernels
 
@@ -104,6 +104,19 @@ def test_the_branch_around_a_step_is_none(bound, is_branch):
     assert [(branch.first, branch.last, branch.chance) for branch in branches] == [(9, 9, None)] * is_branch
 
 
+def test_the_cheaper_side_of_a_test_is_taken():
+    def side(predicate, region, num_bundles):
+        bundles = [f"%9 = sbr.rel ({predicate}) target = $region{region}", *["%1 = vnop"] * (4 + num_bundles)]
+        return [*bundles, f"%2 = vnop }} /* Start region {region} */ {{"]
+
+    bundles, _ = loop_of(*side("!%p5", 7, 3), *side("%p5", 8, 11))
+    slots = [dict.fromkeys(CAPACITY, 0)] * len(bundles)
+    found = cost(bundles, slots, (16,), 0, CHIPS["v5e"])
+    assert found.bundles_step == len(bundles) - 2 - 11
+    one, _ = loop_of(*side("!%p5", 7, 3), *side("%p6", 8, 11))
+    assert cost(one, slots, (16,), 0, CHIPS["v5e"]).bundles_step == len(bundles) - 2
+
+
 def test_waits_for_results():
     """Two matrix units, one after the other: each result is fetched at once, so neither hides the other."""
     products = [f"%v{unit} = vmatmul.bf16.gmra.mxu{unit} %v8" for unit in range(2)]
@@ -162,6 +175,13 @@ def test_glue():
     unknown = HLO.replace("constant(6)", "parameter(0)")
     assert glue_cycles(unknown) == (1 + 10 + 5, 1)
     assert glue_cycles(unknown, trips_by_data=20) == (1 + 20 * 10 + 5, 0)
+
+
+def test_sorts():
+    sort = "  %sort.3 = (s32[4,8]{1,0:T(4,128)}, s32[4,8]{1,0}) sort(%a, %i), dimensions={1}\n"
+    hlo = HLO.replace("  %while.1", sort + "  ROOT %sort.4 = s32[8]{0} sort(%a), dimensions={0}\n  %while.1")
+    assert sorts(hlo) == {"sort.3": "(s32[4,8], s32[4,8]) along 1", "sort.4": "s32[8] along 0"}
+    assert glue_cycles(hlo, None, {"sort.3": 100, "sort.4": 1000}) == (1100 + 1 + 6 * 10 + 5, 0)
 
 
 def test_match():
