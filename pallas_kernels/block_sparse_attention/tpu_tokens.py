@@ -48,7 +48,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
         functools.partial(_forward_kernel, options.scale * _LOG2_E, lists),
         name="block_sparse_attention_tokens_forward",
         grid=lists.grid,
-        in_specs=[*lists.specs(H, P), lists.of_queries(H), lists.lengths()],
+        in_specs=[*lists.specs(H, P), lists.of_queries(H), lists.of_longest_key()],
         out_specs=[lists.of_queries(P), lists.numbers()],
         out_shape=[lists.shape(P, v.dtype), lists.numbers_shape()],
         scratch_shapes=[
@@ -59,7 +59,7 @@ def forward(options, q, k, v, block_ids, segment_ids):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q), lists.to_lengths(k))
+    )(*lists.arrays(k, v, segment_ids), lists.fill_heads(q), lists.longest_key(k))
     o = o.reshape(B, T, K, -1, P)[:, :, :, : N // K].reshape(B, T, N, P)
     lse_BKTG = lse.reshape(B, K, -1, lists.G)[:, :, :T, : N // K]
     return o, jnp.moveaxis(lse_BKTG, 1, 2).reshape(B, T, N)
@@ -113,7 +113,7 @@ def _forward_kernel(
     @pl.when(tile == 0)
     def _():
         sums_QCGL[...] = jnp.zeros_like(sums_QCGL)
-        bound[0] = abs(scale) * k_length[0, 0] * lists.length(q)
+        bound[0] = abs(scale) * k_length[0, 0] * lists.longest_query(q)
         # That of small scores stays 0.
         max_QGL[...] = jnp.full_like(max_QGL, jnp.where(bound[0] <= _SMALL, 0, _START))
 
@@ -248,31 +248,25 @@ class _Part:
     def split(self, a_RX: jax.Array) -> list[jax.Array]:
         return [a_RX[w * self._G : (w + 1) * self._G] for w in range(_TOGETHER)]
 
-    def read(self, ref) -> list[jax.Array]:
-        return [ref[t] for t in self._queries]
+    def read(self, ref, *at) -> list[jax.Array]:
+        return [ref[t, *at] for t in self._queries]
 
-    def write(self, ref, values: list[jax.Array]) -> None:
+    def write(self, ref, values: list[jax.Array], *at) -> None:
         # The last first: a blind one, which writes what it read, may be one of those that see as well.
         for t, value in reversed(list(zip(self._queries, values, strict=True))):
-            ref[t] = value
+            ref[t, *at] = value
 
     def add(self, sums_QCGL, p: list[jax.Array], values_RP: jax.Array, shrink: list[jax.Array] | None = None) -> None:
         """Adds weights, lane upon lane, and values to sums, which are first scaled."""
-        cut = lambda a_GX: [a_GX[:, c : c + LANES] for c in range(0, a_GX.shape[1], LANES)]
-        more = [
-            [functools.reduce(jnp.add, cut(p_GL)), *cut(values_GP)]
-            for p_GL, values_GP in zip(p, self.split(values_RP), strict=True)
-        ]
-        at = [
-            [(t, c, slice(None), slice(0, a.shape[1])) for c, a in enumerate(m)]
-            for t, m in zip(self._queries, more, strict=True)
-        ]
-        old = [[sums_QCGL[i] for i in of_query] for of_query in at]
+        cut = lambda a_RX: [self.split(a_RX[:, c : c + LANES]) for c in range(0, a_RX.shape[1], LANES)]
+        weights = functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], cut(jnp.concatenate(p)))
+        columns = [weights, *cut(values_RP)]
+        places = [(c, slice(None), slice(0, column[0].shape[1])) for c, column in enumerate(columns)]
+        old = [self.read(sums_QCGL, *at) for at in places]
         if shrink is not None:
-            old = [[x_GL[:, : a.shape[1]] * a for a in o] for x_GL, o in zip(shrink, old, strict=True)]
-        for of_query, o, m in reversed(list(zip(at, old, more, strict=True))):
-            for i, a, b in zip(of_query, o, m, strict=True):
-                sums_QCGL[i] = a + b
+            old = [[x_GL[:, : a.shape[1]] * a for x_GL, a in zip(shrink, o, strict=True)] for o in old]
+        for at, o, column in zip(places, old, columns, strict=True):
+            self.write(sums_QCGL, [a + b for a, b in zip(o, column, strict=True)], *at)
 
     def visible(self, scores_RL: jax.Array, first, span, places) -> list[jax.Array]:
         """Returns the scores of each query; those of keys that it does not see are as small as can be."""
@@ -382,15 +376,15 @@ class _Lists:
         a_BTKG = jnp.pad(a_BTKG, ((0, 0), (0, self._missing), (0, 0), (0, 0)))
         return jnp.moveaxis(a_BTKG, 2, 1).reshape(self.numbers_shape().shape)
 
-    def lengths(self) -> pl.BlockSpec:
+    def of_longest_key(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, 1, 1), lambda x, i, c: (x, 0, 0), memory_space=pltpu.SMEM)
 
-    def to_lengths(self, k: jax.Array) -> jax.Array:
+    def longest_key(self, k: jax.Array) -> jax.Array:
         """Returns, `[X 1 1]`, the length of the longest key. No product of two vectors is more than their lengths'."""
         squares_BSK = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=3)
         return jnp.sqrt(jnp.max(squares_BSK, axis=1, initial=0)).reshape(-1, 1, 1)
 
-    def length(self, q) -> jax.Array:
+    def longest_query(self, q) -> jax.Array:
         """Returns the length of the longest query of a tile."""
         size = math.gcd(self.queries, _AT_ONCE)
 
